@@ -1,0 +1,146 @@
+"""The command line: one verb a function, errors as one message and an exit code."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from burnish import __version__
+from burnish.config import Recipe, load
+from burnish.errors import BurnishError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code: 0 done, else that of the error, as burnish.errors lists them."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    arguments = _parser().parse_args(argv)
+    try:
+        verb: Verb = arguments.verb
+        return verb(arguments)
+    except BurnishError as error:
+        print(f"burnish {arguments.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="burnish", description="Fine-tune chat models on Ray.")
+    parser.add_argument("--version", action="version", version=f"burnish {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def recipe_verb(name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("recipe", help="recipe file (YAML)")
+        sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the recipe")
+        sub.set_defaults(verb=verb)
+        return sub
+
+    train = recipe_verb("train", _train, "Train a recipe, or go on with the run of its name.")
+    train.add_argument("--dry-run", action="store_true", help="check the recipe, print it whole, start nothing")
+    recipe_verb("sweep", _sweep, "Search the recipe's sweep.space with Ray Tune.")
+    preview = recipe_verb("preview", _preview, "Show what is trained in each row and what is not.")
+    preview.add_argument("--json", action="store_true", help="one JSON object for each row")
+    preview.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N rows")
+    plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
+    plan.add_argument("--json", action="store_true", help="one JSON object")
+
+    export = verbs.add_parser("export", help="Write a run's model to a folder.", description="Write a run's model to a folder.")
+    export.add_argument("run", help="run folder, for example runs/quickstart")
+    export.add_argument("folder", nargs="?", help="new folder; default <run>/export")
+    export.add_argument("--merge", action="store_true", help="add the adapter into the base weights")
+    export.set_defaults(verb=_export)
+
+    chat = verbs.add_parser("chat", help="Talk to a model.", description="Talk to a model.")
+    chat.add_argument("model", help="exported folder, or run folder with an export")
+    chat.add_argument("--message", action="append", help="ask this and exit; may be given several times")
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    chat.set_defaults(verb=_chat)
+
+    doctor = verbs.add_parser("doctor", help="Show versions, devices and what is missing.")
+    doctor.set_defaults(verb=_doctor)
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    return load(arguments.recipe, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = _recipe(arguments)
+    if arguments.dry_run:
+        print(recipe.to_yaml(), end="")
+        return 0
+    from burnish.progress import ProgressLine
+    from burnish.train.launch import train
+
+    with ProgressLine(recipe) as progress:
+        result = train(recipe, watch=progress)
+    print(result.to_json(), flush=True)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from burnish.sweep.launch import sweep
+
+    result = sweep(_recipe(arguments), show=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from burnish.preview import rows, show
+
+    recipe = _recipe(arguments)
+    if arguments.json:
+        for row in rows(recipe, arguments.limit):
+            print(json.dumps(row.to_json(), ensure_ascii=False))
+    else:
+        show(recipe, 10 if arguments.limit is None else arguments.limit)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from burnish.plan import plan, show
+
+    result = plan(_recipe(arguments))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from burnish.export import export
+
+    folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
+    print(export(Path(arguments.run), folder, merge=arguments.merge))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from burnish.chat import Chat
+
+    chat = Chat.open(Path(arguments.model), arguments.max_new_tokens)
+    for message in arguments.message or ():
+        print(chat.answer(message), flush=True)
+    if not arguments.message:
+        chat.talk(sys.stdin, sys.stdout)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from burnish.doctor import examine
+
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""The recipe: the full typed description of a run, and the only place where defaults stand.
+
+Precedence: defaults < YAML < ``section.field=value`` on the command line. Every object is frozen
+and closed: an unknown key is refused with the nearest name that exists.
+"""
+
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from burnish.errors import RecipeError
+
+RunName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,46}$")]
+
+
+class Spec(BaseModel):
+    """One section of a recipe; frozen, closed, and documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelSpec(Spec):
+    """The base model."""
+
+    path: str
+    """Folder or Hub id of a Hugging Face causal language model with its tokenizer."""
+    revision: str | None = None
+    """Commit of a Hub model; null takes the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the weights in training."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else sdpa by document."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass; auto means on with a GPU and off without."""
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters; `lora: null` trains every weight instead."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapter's output; the factor applied is alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get an adapter: all of them, or a list of module names."""
+
+
+class TemplateSpec(Spec):
+    """The chat template; by default the tokenizer's own."""
+
+    path: str | None = None
+    """Jinja file used instead of the tokenizer's own template; it is exported with the model."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables passed to the template at every render, as the server will pass them."""
+    stop_tokens: tuple[str, ...] | None = None
+    """Tokens that end an answer; null takes them from the generation config and the tokenizer."""
+
+
+class SourceSpec(Spec):
+    """One file of conversations."""
+
+    path: str
+    """JSONL (also .gz and .zst) or Parquet file whose rows have `messages`."""
+    weight: float = Field(1.0, gt=0)
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows."""
+
+
+class DataSpec(Spec):
+    """Where conversations come from and what of them is trained."""
+
+    train: tuple[SourceSpec, ...] = Field(min_length=1)
+    """Files to train on."""
+    eval: tuple[SourceSpec, ...] = ()
+    """Held-out files; their loss is measured and never trained."""
+    max_length: int = Field(4096, ge=8)
+    """Tokens in a pack; a longer conversation is overlong."""
+    train_on: Literal["assistant", "last_assistant"] = "assistant"
+    """Which answers bear loss: every assistant turn, or only the last of each conversation."""
+    on_overlong: Literal["drop"] = "drop"
+    """An overlong conversation is dropped and counted, never cut."""
+    max_refused: float = Field(0.01, ge=0, le=1)
+    """Largest share of rows that may be refused (overlong rows apart); above it the run fails."""
+    seed: int = Field(0, ge=0)
+    """Seed of the order of rows."""
+    window_rows: int = Field(2048, ge=1)
+    """Rows that are shuffled and packed together, by one data task."""
+
+
+class OptimSpec(Spec):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak to zero over the run."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+
+class TrainSpec(Spec):
+    """How long to train and how much at once."""
+
+    global_batch_size: int = Field(8, ge=1)
+    """Packs in a step, over all workers."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Steps after which training ends even inside an epoch."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations; null evaluates once, at the end."""
+    seed: int = Field(0, ge=0)
+    """Seed of adapter weights and dropout."""
+
+
+class EngineSpec(Spec):
+    """DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What DeepSpeed shards over workers: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    offload: Literal["none"] = "none"
+    """Where the optimizer state lives; none keeps it on the training device."""
+
+
+class ScaleSpec(Spec):
+    """Workers."""
+
+    num_workers: int = Field(1, ge=1)
+    """Training workers; with GPUs, one GPU each."""
+    use_gpu: Literal["auto"] | bool = "auto"
+    """Train on GPUs; auto means where the cluster has any."""
+
+
+class CheckpointSpec(Spec):
+    """Checkpoints and the run folder."""
+
+    every_steps: int | None = Field(50, ge=1)
+    """Steps between checkpoints; null writes only the last one."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    storage: str = "runs"
+    """Folder, shared by all nodes, that holds a folder for each run."""
+
+
+class TrackingSpec(Spec):
+    """MLflow."""
+
+    uri: str | None = "sqlite:///mlflow.db"
+    """Tracking server or database; null records nothing."""
+    experiment: str = Field("burnish", min_length=1)
+    """MLflow experiment."""
+
+
+class AxisSpec(Spec):
+    """One axis of a search space; exactly one of its fields is written."""
+
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """Evenly between two numbers."""
+    log_uniform: tuple[float, float] | None = None
+    """Evenly between the logarithms of two positive numbers."""
+
+    @model_validator(mode="after")
+    def an_axis_names_exactly_one_distribution(self) -> "AxisSpec":
+        """Raises ValueError where none or several are written, or where bounds are not ascending."""
+        written = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
+        if len(written) != 1:
+            raise ValueError(f"write exactly one of choice, uniform, log_uniform; found {written or 'none'}")
+        for low, high in filter(None, (self.uniform, self.log_uniform)):
+            if low >= high or (self.log_uniform is not None and low <= 0):
+                raise ValueError(f"bounds must ascend, and be positive for log_uniform; found [{low}, {high}]")
+        return self
+
+
+class SweepSpec(Spec):
+    """A search over recipe fields with Ray Tune and ASHA."""
+
+    metric: str = "eval/loss"
+    """Metric that ranks trials."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger metric is better."""
+    space: dict[str, AxisSpec] = Field(default_factory=dict)
+    """Axes: a dotted recipe path and how its values are drawn."""
+    trials: int = Field(8, ge=1)
+    """Recipes that are tried."""
+    concurrent: int | None = Field(None, ge=1)
+    """Trials at the same time; null takes as many as the cluster can place."""
+
+
+class Recipe(Spec):
+    """The full description of a run. Equal recipes train equal models."""
+
+    name: RunName
+    """Names the run, its folder and its MLflow run; the same name again goes on with that run."""
+    model: ModelSpec
+    lora: LoraSpec | None = Field(default_factory=LoraSpec)
+    template: TemplateSpec = Field(default_factory=TemplateSpec)
+    data: DataSpec
+    optim: OptimSpec = Field(default_factory=OptimSpec)
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    engine: EngineSpec = Field(default_factory=EngineSpec)
+    scale: ScaleSpec = Field(default_factory=ScaleSpec)
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    tracking: TrackingSpec = Field(default_factory=TrackingSpec)
+    sweep: SweepSpec | None = None
+
+    @model_validator(mode="after")
+    def the_global_batch_divides_over_the_workers(self) -> "Recipe":
+        """Raises ValueError unless every worker gets the same number of packs in each step."""
+        packs, workers = self.train.global_batch_size, self.scale.num_workers
+        if packs % workers:
+            near = max(workers, round(packs / workers) * workers)
+            raise ValueError(
+                f"train.global_batch_size ({packs} packs) cannot be divided over scale.num_workers ({workers}); "
+                f"write train.global_batch_size: {near}, or a number of workers that divides {packs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def sweep_axes_are_fields_of_the_recipe(self) -> "Recipe":
+        """Raises ValueError for an axis that is no field, with the nearest field."""
+        fields = {path for path, _, _ in leaves(Recipe)}
+        for axis in self.sweep.space if self.sweep else ():
+            if axis not in fields or axis == "name" or axis.startswith(("sweep.", "tracking.", "checkpoint.")):
+                raise ValueError(f"sweep.space: {axis!r} is no field that a sweep can vary{nearest(axis, fields)}")
+        return self
+
+    def run_folder(self) -> Path:
+        """The absolute folder of this run, ``<storage>/<name>``."""
+        return Path(self.checkpoint.storage).expanduser().absolute() / self.name
+
+    def located(self) -> "Recipe":
+        """The same recipe with a model folder named absolutely, for workers, which run in folders of their own."""
+        path = Path(self.model.path).expanduser()
+        return self.model_copy(update={"model": self.model.model_copy(update={"path": str(path.absolute())})}) if path.is_dir() else self
+
+    def dump(self) -> dict[str, Any]:
+        """The whole recipe as plain JSON types, defaults written out; `Recipe.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with ``section.field=value`` overrides applied.
+
+    Raises RecipeError with one line for each problem: the file, the key, what was found and what to write.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; a ready one is jobs/recipes/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping that starts like 'name: my-run'; found {tree!r:.80}")
+    return parse(override(tree, overrides), where=str(path))
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's mapping with dotted ``key=value`` assignments applied; values are read as YAML.
+
+    Raises RecipeError for an assignment that has no ``=`` or that goes through a plain value.
+    """
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    for assignment in overrides:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(f"override {assignment!r}: write section.field=value, for example lora.rank=8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"override {assignment!r}: the value is not YAML; put it in quotes") from None
+        *sections, field = path.strip().split(".")
+        node = tree
+        for section in sections:
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise RecipeError(f"override {assignment!r}: {section!r} is no section of the recipe")
+        node[field] = value
+    return tree
+
+
+def parse(tree: dict[str, Any], where: str) -> Recipe:
+    """The recipe of a mapping; raises RecipeError that names `where`, each wrong key and what to write."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors()
+        # pydantic reports a list as too short when one of its items failed; only the item's own error helps.
+        inner = [d for d in details if not any(d is not e and e["loc"][: len(d["loc"])] == d["loc"] for e in details)]
+        lines = [f"{where}: {_complaint(detail)}" for detail in inner or details]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest of names, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def differences(ours: Recipe, theirs: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths whose values differ between two recipes, with both values."""
+
+    def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                yield from flat(value, f"{path}.{key}" if path else key)
+        else:
+            yield path, tree
+
+    a, b = dict(flat(ours.dump())), dict(flat(theirs.dump()))
+    return {path: (a.get(path), b.get(path)) for path in {**a, **b} if a.get(path) != b.get(path)}
+
+
+def leaves(spec: type[Spec], prefix: str = "") -> Iterator[tuple[str, typing.Any, str]]:
+    """Every plain field below a spec: dotted path, pydantic's field information, one line of documentation."""
+    for name, field in spec.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is None:
+            yield prefix + name, field, field.description or ""
+        else:
+            yield from leaves(inner, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[Spec] | None:
+    """The spec that an annotation like ``LoraSpec`` or ``LoraSpec | None`` holds, or None."""
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Spec):
+            return None if typing.get_origin(annotation) in (tuple, dict) else part
+    return None
+
+
+def _complaint(detail: ErrorDetails) -> str:
+    """One line for one of pydantic's errors: the key, the message, what was found, the nearest name."""
+    place = [str(part) for part in detail["loc"]]
+    found = detail["input"]
+    shown = "" if isinstance(found, dict | Recipe) else f" (found {found!r:.60})"
+    if isinstance(found, float) and math.isnan(found):
+        shown = " (found NaN)"
+    if detail["type"] == "extra_forbidden":
+        spec: type[Spec] | None = Recipe
+        for part in place[:-1]:
+            field = spec.model_fields.get(part) if spec else None
+            spec = _inner(field.annotation) if field else spec
+        names = list(spec.model_fields) if spec else []
+        return f"{'.'.join(place)}: no such key{shown}{nearest(place[-1], names)}"
+    if detail["type"] == "missing":
+        return f"{'.'.join(place)}: is required and missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if place == ["name"]:
+        message = "must be lower-case letters, digits and dashes, start with a letter, and have at most 47 characters"
+    return f"{'.'.join(place)}: {message}{shown}" if place else message
+
+
+def _inner(annotation: Any) -> type[Spec] | None:
+    """The spec inside an annotation, also inside tuples and dicts of specs."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    for part in typing.get_args(annotation):
+        found = _inner(part)
+        if found is not None:
+            return found
+    return None

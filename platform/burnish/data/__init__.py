@@ -1,0 +1,1 @@
+"""From rows to packs: the pure core (conversation, template, contract, packing, sources) and its Ray Data graph."""

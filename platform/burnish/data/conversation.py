@@ -1,0 +1,158 @@
+"""Conversations in the OpenAI shape, and the refusal of a row that is none."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Refused(Exception):
+    """One row that cannot be trained as it is: a code, the turn it concerns, and what to do about it."""
+
+    def __init__(self, code: str, message: str, turn: int | None = None) -> None:
+        super().__init__(code, message, turn)
+        self.code, self.message, self.turn = code, message, turn
+
+    def to_json(self) -> dict[str, Any]:
+        """The refusal as `burnish preview --json` and refused.jsonl show it."""
+        return {"code": self.code, "turn": self.turn, "message": self.message}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: exactly the fields that the template will see, and whether its answer bears loss.
+
+    `fields` holds role, content and, where the row has them, tool_calls, reasoning_content, name and tool_call_id.
+    """
+
+    fields: Mapping[str, Any]
+    train: bool = True
+
+    @property
+    def role(self) -> str:
+        """One of `ROLES`."""
+        return str(self.fields["role"])
+
+    def texts(self) -> list[str]:
+        """Every piece of text that a template must show for this message: content, reasoning, tool calls."""
+        found = [self.fields.get("content") or "", self.fields.get("reasoning_content") or ""]
+        for call in self.fields.get("tool_calls") or ():
+            function = call.get("function", call)
+            found += [str(function.get("name", "")), *_strings(function.get("arguments"))]
+        return [text for text in found if text.strip()]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in an order that a server could meet, at least one of them an assistant's; and their tools.
+
+    Invariant: an optional system message first; the assistant never opens and never answers itself; a tool message
+    follows an assistant's tool calls or another tool message.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> "Conversation":
+        """The conversation of one row in `messages` form; raises Refused where it is none."""
+        raw = _plain(row.get("messages"))
+        if not isinstance(raw, list) or not raw:
+            found = f"the row has {', '.join(sorted(row)) or 'no keys'}" if raw is None else f"found {raw!r:.60}"
+            raise Refused("bad-row", f"`messages` must be a list of messages with role and content; {found}")
+        messages = tuple(_message(item, turn) for turn, item in enumerate(raw))
+        _check_order(messages)
+        tools = _plain(row.get("tools")) or []
+        if isinstance(tools, str):
+            tools = _json(tools, "tools")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise Refused("bad-row", f"`tools` must be a list of tool descriptions; found {tools!r:.60}")
+        return cls(messages, tuple(tools))
+
+    def assistant_turns(self) -> list[int]:
+        """Positions of the assistant's messages, in order."""
+        return [turn for turn, message in enumerate(self.messages) if message.role == "assistant"]
+
+
+def _message(item: Any, turn: int) -> Message:
+    """One message, checked field by field; raises Refused that names the field."""
+    if not isinstance(item, dict):
+        raise Refused("bad-row", f"a message must be an object with role and content; found {item!r:.60}", turn)
+    role = item.get("role")
+    if role not in ROLES:
+        raise Refused("bad-row", f"role must be one of {', '.join(ROLES)}; found {role!r}", turn)
+    fields: dict[str, Any] = {"role": role}
+    content = item.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise Refused("bad-row", "content holds parts that are not text; only text is supported", turn)
+        content = "".join(str(part) for part in parts)
+    if not isinstance(content, str) and not (content is None and item.get("tool_calls")):
+        raise Refused("bad-row", f"content must be text; found {content!r:.60}", turn)
+    fields["content"] = content or ""
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        if item.get(key) is not None:
+            if not isinstance(item[key], str):
+                raise Refused("bad-row", f"{key} must be text; found {item[key]!r:.60}", turn)
+            fields[key] = item[key]
+    calls = item.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Refused("bad-row", f"tool_calls must be a list of objects; found {calls!r:.60}", turn)
+        fields["tool_calls"] = calls
+    train = item.get("train")
+    if train not in (None, True, False):
+        raise Refused("bad-row", f"train must be true or false; found {train!r}", turn)
+    return Message(fields, train is not False)
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    """Raises Refused unless a server could have met these messages in this order."""
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
+        raise Refused("no-assistant", f"no assistant turn to train on; the roles are {', '.join(roles)}")
+    before = None
+    for turn, role in enumerate(roles):
+        if role in ("system", "developer") and turn > 0:
+            raise Refused("role-order", f"a {role} message must stand first; found it after {before}", turn)
+        if role == "assistant" and before in (None, "system", "developer"):
+            raise Refused("assistant-first", "the assistant speaks before any user message; put a user turn first", turn)
+        if role == "assistant" and before == "assistant":
+            raise Refused("role-order", "two assistant turns in a row; join them or put a user turn between", turn)
+        if role == "tool" and before != "tool" and not (before == "assistant" and messages[turn - 1].fields.get("tool_calls")):
+            raise Refused("role-order", "a tool message must follow an assistant turn with tool_calls", turn)
+        before = role
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON types without the None-valued keys that Parquet adds to every struct."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _json(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Refused("bad-row", f"`{key}` is text that is not JSON: {text!r:.60}") from None
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string inside the arguments of a tool call; JSON text is read first."""
+    if isinstance(value, str):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return [value]
+        return [inner] if isinstance(inner, str) else _strings(inner)
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _strings(item)]
+    return [] if value is None or isinstance(value, bool) else [str(value)]

@@ -1,0 +1,48 @@
+"""Every failure that burnish reports on purpose, each with the exit code that the command line returns.
+
+    BurnishError                1   something unexpected that still has a clear message
+      RecipeError               2   the recipe or the command line asks for something impossible
+      DataError                 3   the rows, the tokenizer or the chat template cannot be used
+      InfrastructureError       4   a machine, a disk or a cluster failed; a retry may help
+      TrainingError             5   training failed for good (NaN loss, out of memory)
+      Stopped                  75   stopped on request, with a checkpoint; the same command goes on
+
+Each carries one message that says where, what was found and what to write instead. All of them
+pickle, because they cross process borders inside Ray.
+"""
+
+
+class BurnishError(Exception):
+    """A failure with one clear message and an exit code."""
+
+    exit_code = 1
+
+
+class RecipeError(BurnishError):
+    """The recipe or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(BurnishError):
+    """The data, the tokenizer or the chat template cannot be used as they are."""
+
+    exit_code = 3
+
+
+class InfrastructureError(BurnishError):
+    """A machine, a disk or a cluster failed; the same command may succeed later."""
+
+    exit_code = 4
+
+
+class TrainingError(BurnishError):
+    """Training failed in a way that a retry would repeat."""
+
+    exit_code = 5
+
+
+class Stopped(BurnishError):
+    """Training stopped on request after a checkpoint; the same command goes on from it."""
+
+    exit_code = 75

@@ -1,0 +1,83 @@
+"""A live line for a training run, read from the run folder's metrics; plain lines when nobody looks at a terminal."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from burnish.config import Recipe
+from burnish.train.ledger import lines
+
+PLAIN_SECONDS = 5.0
+"""Seconds between plain lines."""
+
+
+class ProgressLine:
+    """Shows the newest metrics of a run on stderr each time it is called; stdout stays for results."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._status: Status | None = None
+        self._started = self._printed = time.monotonic()
+        self._shown = ""
+        self._first: int | None = None
+
+    def __enter__(self) -> "ProgressLine":
+        if self._console.is_terminal:
+            self._status = self._console.status(f"{self._recipe.name}: starting")
+            self._status.start()
+        else:
+            self._print(f"{self._recipe.name}: starting {self._recipe.scale.num_workers} workers")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._status is not None:
+            self._status.stop()
+        if self._shown and kind is None:
+            self._print(self._shown)
+
+    def __call__(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Reads the run folder and shows where the run stands."""
+        text = self._text(folder, facts["max_steps"])
+        if text is None or text == self._shown:
+            return
+        self._shown = text
+        if self._status is not None:
+            self._status.update(text)
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._print(text)
+            self._printed = time.monotonic()
+
+    def _text(self, folder: Path, max_steps: int | None) -> str | None:
+        """One line of the newest metrics, or None before the first step."""
+        newest: dict[str, float] = {}
+        for line in lines(folder / "metrics.jsonl"):
+            newest |= line
+        if "train/loss" not in newest:
+            return None
+        step = int(newest["step"])
+        self._first = step if self._first is None else self._first
+        share = max(newest["train/progress"], step / max_steps if max_steps else 0.0)
+        parts = [
+            f"{self._recipe.name}: step {step}",
+            f"{share:.0%}",
+            f"loss {newest['train/loss']:.3f}",
+            f"lr {newest['train/learning_rate']:.2g}",
+            f"grad norm {newest['train/grad_norm']:.2g}",
+            f"{newest['train/tokens_per_second']:,.0f} tokens/s",
+            f"data wait {newest['data/wait_share']:.0%}",
+        ]
+        if "eval/loss" in newest:
+            parts.insert(3, f"eval loss {newest['eval/loss']:.3f}")
+        elapsed = time.monotonic() - self._started
+        if 0.02 < share < 1 and step > self._first:
+            parts.append(f"about {elapsed * (1 - share) / share:.0f} s left")
+        return "  ".join(parts)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)

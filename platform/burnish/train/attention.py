@@ -1,0 +1,106 @@
+"""Attention over packed rows in which no sample sees another.
+
+transformers builds its own packed masks only under conditions that a hand-written loop easily misses, and then leaks in
+silence. This kernel is registered under one name, takes the borders of samples as `cu_seq_lens_q`, and raises where they
+are missing, so there is no silent path.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from burnish.errors import RecipeError
+
+SDPA = "burnish_packed_sdpa"
+"""Name of the kernel that runs scaled-dot-product attention sample by sample, on any device."""
+FLASH = "burnish_packed_flash"
+"""Name of the kernel that runs flash-attn's variable-length function; bfloat16 or float16 on CUDA."""
+
+
+def register(choice: str, cuda: bool) -> str:
+    """Registers the kernels and gives the name of the one to load a model with, for `model.attention`.
+
+    Raises RecipeError where flash is asked for and cannot run.
+    """
+    AttentionInterface.register(SDPA, packed_sdpa)
+    AttentionInterface.register(FLASH, packed_flash)
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if choice == "flash" and not (installed and cuda):
+        why = "no GPU is used" if not cuda else "flash-attn is not installed (pip install 'burnish[gpu]')"
+        raise RecipeError(f"model.attention: flash cannot run because {why}; write auto")
+    return FLASH if choice != "sdpa" and installed and cuda else SDPA
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each sample; query [1, heads, n, d], key and value [1, kv_heads, n, d] -> [1, n, heads, d].
+
+    `cu_seq_lens_q` int32 [samples + 1] are the borders. A window w lets a token see itself and the w - 1 before it,
+    as transformers does.
+    """
+    borders = _borders(query, kwargs).tolist()
+    outputs = []
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        mask = None
+        if sliding_window is not None and end - start > sliding_window:
+            distance = torch.arange(end - start, device=q.device)
+            distance = distance[:, None] - distance[None, :]
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def packed_flash(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same as `packed_sdpa` by flash-attn's variable-length kernel (arXiv 2307.08691)."""
+    from flash_attn import flash_attn_varlen_func
+
+    borders = _borders(query, kwargs)
+    longest = int(kwargs["max_length_q"])
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    output = flash_attn_varlen_func(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        borders, borders, longest, longest,
+        dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window,
+    )  # fmt: skip
+    return output.unsqueeze(0), None
+
+
+def _borders(query: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The borders of samples; raises RuntimeError where they are missing or the model needs what is not supported."""
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        raise RuntimeError("packed attention was called without cu_seq_lens_q; samples would see each other")
+    if query.shape[0] != 1:
+        raise RuntimeError(f"packed attention takes one flattened row; found a batch of {query.shape[0]}")
+    for feature in ("softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise RuntimeError(f"packed attention does not support {feature}, which this model uses")
+    assert isinstance(borders, torch.Tensor)
+    return borders

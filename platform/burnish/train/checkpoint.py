@@ -1,0 +1,134 @@
+"""Checkpoints that are whole or absent, found again after any crash.
+
+    checkpoints/step-00000050/
+        weights.safetensors     the trained weights, gathered: all of them, or the adapter
+        engine/state/           DeepSpeed's sharded optimizer state
+        manifest.json           written last: step, cursor, workers, contract, size and sha256 of every file
+
+A folder is written under a hidden name and renamed when its manifest stands. Nothing is loaded that its manifest does
+not vouch for.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from burnish.data.pipeline import Cursor
+from burnish.errors import InfrastructureError
+from burnish.train import engine as ds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps done, and the next pack of the global order."""
+
+    step: int = 0
+    cursor: Cursor = Cursor()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder: every file was found with the size and sha256 of the manifest."""
+
+    path: Path
+    progress: Progress
+    num_workers: int
+    behaviour_sha256: str
+
+
+def save(engine: ds.Engine, progress: Progress, folder: Path, keep: int, behaviour_sha256: str) -> Path:
+    """Writes a checkpoint of this step and keeps the newest `keep`. Called by every worker.
+
+    Raises InfrastructureError where the storage refuses, with the checkpoints before it untouched.
+    """
+    final = folder / f"step-{progress.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    first = dist.get_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        ds.save_state(engine, partial / "engine")
+        weights = ds.trained_weights(engine)
+        if first:
+            save_file(weights, partial / "weights.safetensors", metadata={"format": "pt", "chat_contract": behaviour_sha256})
+        dist.barrier()
+        if first:
+            _write_manifest(partial, progress, behaviour_sha256)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            _keep(folder, keep)
+        dist.barrier()
+    except OSError as error:
+        raise InfrastructureError(f"{partial}: the checkpoint of step {progress.step} could not be written: {error}") from error
+    return final
+
+
+def report(metrics: dict[str, float]) -> None:
+    """Tells Ray Train (and Tune, through it) where the run stands. A barrier: every worker calls it."""
+    ray.train.report(metrics)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that its manifest vouches for, or None. Broken ones are set aside as `.broken-step-...`."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        found = verify(path)
+        if found is not None:
+            return found
+        aside = path.with_name(f".broken-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return None
+
+
+def verify(path: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, or None unless each file has the size and sha256 that the manifest says."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+                return None
+        progress = Progress(manifest["step"], Cursor(**manifest["cursor"]))
+        return Checkpoint(path, progress, manifest["num_workers"], manifest["behaviour_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write_manifest(folder: Path, progress: Progress, behaviour_sha256: str) -> None:
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest: dict[str, Any] = {
+        "step": progress.step,
+        "cursor": asdict(progress.cursor),
+        "num_workers": dist.get_world_size(),
+        "behaviour_sha256": behaviour_sha256,
+        "files": files,
+    }
+    with open(folder / "manifest.json", "w") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _keep(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

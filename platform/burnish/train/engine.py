@@ -1,0 +1,95 @@
+"""DeepSpeed: the one place that knows how it is configured, stepped and gathered."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from burnish.config import Recipe
+
+# Chosen before DeepSpeed is imported: it settles on an accelerator at import.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+
+# DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
+# work, and a machine without a compiler can train.
+cast(Any, deepspeed.ops).__compatible_ops__["deepspeed_shm_comm"] = False
+
+Engine = deepspeed.DeepSpeedEngine
+
+
+def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> Engine:
+    """The model under DeepSpeed with AdamW on its trainable weights; called by every worker."""
+    # A single fused kernel per step on a GPU; on a CPU the plain loop.
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=recipe.optim.learning_rate,
+        weight_decay=recipe.optim.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(recipe, num_workers))
+    return engine
+
+
+def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe. One pack is one micro-batch."""
+    accumulation = recipe.train.global_batch_size // num_workers
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed 0.19 clips to 1.0 where the key is absent.
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "zero_optimization": {"stage": recipe.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.model.dtype == "float16"},
+        "steps_per_print": 1 << 60,
+    }
+
+
+def backward(engine: Engine, loss_sum: torch.Tensor, trained_tokens: int, num_workers: int) -> None:
+    """Accumulates the gradient of one micro-batch's share of the step's loss.
+
+    The step's gradient is that of sum(loss) / `trained_tokens` over all workers: DeepSpeed averages over workers, so
+    the sum is scaled by their number, and not divided by the accumulation steps.
+    """
+    engine.backward(loss_sum * (num_workers / max(1, trained_tokens)), scale_wrt_gas=False)
+
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """The learning rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def grad_norm(engine: Engine) -> float:
+    """The 2-norm of the last step's gradient before clipping; 0.0 where DeepSpeed did not compute it."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+def trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every trained weight by name, whole and on the CPU, on world rank 0; empty on the others. A collective call."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            if dist.get_rank() == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def save_state(engine: Engine, folder: Path) -> None:
+    """Writes what DeepSpeed needs to go on, each worker its part; frozen weights are left out. A collective call."""
+    engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_state(engine: Engine, folder: Path) -> None:
+    """Reads what `save_state` wrote, with the same number of workers. A collective call.
+
+    The files are pickles: the caller has verified them against a manifest.
+    """
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)

@@ -1,0 +1,364 @@
+"""A training run from its recipe to its result: check, open, attempt until it is done."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from burnish import tracking
+from burnish.config import Recipe, differences, load
+from burnish.data import pipeline, sources
+from burnish.data.contract import Contract
+from burnish.data.conversation import Refused
+from burnish.data.template import Template
+from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
+from burnish.train import checkpoint
+from burnish.train.cluster import check_resources, connected
+from burnish.train.ledger import check_refused, lines
+from burnish.train.loop import STOP_FILE, Attempt, Progress, train_loop
+from burnish.train.model import check_model, load_template
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""Times that a run is started again after a worker or a node was lost, without progress in between."""
+HEAD_ROWS = 512
+"""Rows of each run that are rendered before a worker starts, so that a wrong template or format fails at once."""
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep")
+"""Recipe paths that may differ when a run of the same name goes on; every other one changes what is trained."""
+
+Watch = Callable[[Path, dict[str, Any]], None]
+"""Called about once a second with the run folder and facts of the run, to show how far it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; the last line that `burnish train` prints."""
+
+    status: str
+    run: str
+    run_id: str | None
+    steps: int
+    checkpoint: str
+    metrics: dict[str, float]
+
+    def to_json(self) -> str:
+        """One line of JSON: status, run, run_id, steps, checkpoint and the final metrics."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that could be checked before a worker starts, checked."""
+
+    recipe: Recipe
+    template: Template
+    contract: Contract
+    train: sources.Index
+    eval: sources.Index | None
+
+
+def train(recipe: Recipe, watch: Watch | None = None, callbacks: tuple[Any, ...] = (), parent_id: str | None = None) -> Result:
+    """Trains a recipe to its end, or goes on with the run of its name. The run folder then holds all that it did.
+
+    Raises RecipeError, DataError, InfrastructureError, TrainingError, or Stopped where a stop was asked for.
+    """
+    prepared = prepare(recipe)
+    folder = recipe.run_folder()
+    finished = _finished(folder)
+    _check_same_run(prepared, folder)
+    if finished is not None:
+        return finished
+    with connected(recipe.scale.num_workers):
+        cuda = check_resources(recipe)
+        _write_run_folder(prepared, folder)
+        run_id = _open_tracking(prepared, folder, parent_id)
+        try:
+            _attempt_until_done(prepared, folder, run_id, cuda, watch, callbacks)
+        except BaseException as error:
+            tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
+            raise
+    tracking.close_run(recipe, run_id, "FINISHED")
+    return _finish(recipe, folder, run_id)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing."""
+    check_model(recipe)
+    template = load_template(recipe)
+    train_index = sources.index(recipe.data.train, recipe.data.window_rows)
+    eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
+    for name, index in (("data.train", train_index), ("data.eval", eval_index)):
+        if index is not None:
+            _check_head(name, index, template, recipe)
+    return Prepared(recipe, template, Contract.of(template), train_index, eval_index)
+
+
+def _check_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> None:
+    """Renders the first rows of an index; raises DataError where none can be trained or too many are refused."""
+    codes: Counter[str] = Counter()
+    first: tuple[str, Refused] | None = None
+    rows = 0
+    heads = ((window, index, row) for window in index.windows for index, row in sources.read(window))
+    for window, position, row in islice(heads, HEAD_ROWS):
+        rows += 1
+        place = f"{window.path}#{position}"
+        try:
+            pipeline.render_row(row, place, template, recipe)
+        except Refused as refusal:
+            codes[refusal.code] += 1
+            if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
+                first = (place, refusal)
+    if first is None:
+        return
+    place, refusal = first
+    turn = "" if refusal.turn is None else f", turn {refusal.turn}"
+    example = f"{place}{turn}: {refusal.code}: {refusal.message}"
+    if codes.total() == rows:
+        raise DataError(f"{name}: none of the first {rows} rows can be trained. {example}")
+    try:
+        check_refused(codes, recipe.data.max_refused * rows, "`burnish preview`")
+    except DataError as error:
+        raise DataError(f"{name}: of the first {rows} rows, {error}. {example}") from None
+
+
+def _check_same_run(prepared: Prepared, folder: Path) -> None:
+    """Raises RecipeError or DataError where a run of this name was started with another recipe, data or template."""
+    recipe = prepared.recipe
+    if not (folder / "recipe.yaml").exists():
+        return
+    changed = differences(load(folder / "recipe.yaml"), recipe)
+    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
+    if changed:
+        shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
+        raise RecipeError(f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name")
+    was = json.loads((folder / "data.json").read_text())
+    if was != _digests(prepared):
+        raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
+    contract = Contract.from_json((folder / "contract.json").read_text())
+    if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
+        raise DataError(f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. Choose a new name")
+
+
+def _write_run_folder(prepared: Prepared, folder: Path) -> None:
+    """The run folder with what the run was started from; recipe.yaml last, since it says that the rest stands."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        if not (folder / "recipe.yaml").exists():
+            (folder / "contract.json").write_text(prepared.contract.to_json())
+            (folder / "chat_template.jinja").write_text(prepared.contract.template)
+            (folder / "data.json").write_text(json.dumps(_digests(prepared), indent=2) + "\n")
+            partial = folder / ".recipe.yaml.partial"
+            partial.write_text(prepared.recipe.to_yaml())
+            os.replace(partial, folder / "recipe.yaml")
+    except OSError as error:
+        raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
+
+
+def _digests(prepared: Prepared) -> dict[str, str]:
+    """The sha256 of the source files, by what they are for."""
+    held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
+    return {"train": prepared.train.digest, **held_out}
+
+
+def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> str | None:
+    """The MLflow run of this folder, opened again or created and described."""
+    path = folder / "mlflow.json"
+    known = json.loads(path.read_text())["run_id"] if path.exists() else None
+    run_id = tracking.open_run(prepared.recipe, known, parent_id)
+    if run_id is not None and known is None:
+        path.write_text(json.dumps({"run_id": run_id}) + "\n")
+        contract = prepared.contract
+        tags = {"template.source_sha256": contract.source_sha256, "template.behaviour_sha256": contract.behaviour_sha256}
+        files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
+        tracking.describe(prepared.recipe, run_id, tags, files, _digests(prepared))
+    return run_id
+
+
+def _attempt_until_done(
+    prepared: Prepared, folder: Path, run_id: str | None, cuda: bool, watch: Watch | None, callbacks: tuple[Any, ...]
+) -> None:
+    """Attempts from the newest checkpoint on, until one ends by itself or fails for good."""
+    failures, reached = 0, -1
+    while True:
+        start = checkpoint.newest(folder / "checkpoints")
+        if start is not None and start.num_workers != prepared.recipe.scale.num_workers:
+            raise RecipeError(f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers; write that number")
+        progress = start.progress if start else Progress()
+        failures = failures if progress.step == reached else 0
+        reached = progress.step
+        try:
+            with _stop_on_signal(folder) as asked:
+                _watched(lambda: _fit(prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
+        except WorkerGroupError as error:
+            failures += 1
+            reason = decide(error)
+            if reason is not None:
+                raise reason from error
+            if failures > MAX_RESTARTS:
+                raise InfrastructureError(f"workers were lost {failures} times after step {reached}: {_first_line(error)}") from error
+            logger.warning("a worker was lost (%s); starting again from the newest checkpoint", _first_line(error))
+            continue
+        if asked.is_set():
+            last = checkpoint.newest(folder / "checkpoints")
+            step = last.progress.step if last else 0
+            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
+        return
+
+
+def decide(error: WorkerGroupError) -> BurnishError | None:
+    """What ends the run, or None where a worker or node was lost and another attempt may help.
+
+    An exception of our own says itself what it is. Any other exception raised by the training code would come again.
+    """
+    lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError)
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        cause = failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure
+        if isinstance(cause, BurnishError):
+            return cause if cause.exit_code != InfrastructureError.exit_code else InfrastructureError(str(cause))
+    # When one worker is killed, the collectives of the others fail too: those errors say nothing.
+    if any(isinstance(failure, lost) for failure in failures) or not failures:
+        return None
+    return BurnishError(f"training failed: {error}")
+
+
+class _Splits(DataConfig):
+    """Gives worker w every `num_workers`-th block, in order, with none dropped."""
+
+    def __init__(self, options: ExecutionOptions) -> None:
+        super().__init__(execution_options=options)
+        self._options = options
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, DataIterator]]:
+        """One iterator a dataset for each worker."""
+        splits: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.set_name(name)
+            dataset.context.execution_options = self._options
+            # Ray Train's own split drops the remainder (equal=True); steps are filled up already.
+            for worker, iterator in enumerate(dataset.streaming_split(world_size, equal=False)):
+                splits[worker][name] = iterator
+        return splits
+
+
+def _fit(
+    prepared: Prepared, folder: Path, start: checkpoint.Checkpoint | None, run_id: str | None, cuda: bool, callbacks: tuple[Any, ...]
+) -> None:
+    """One attempt: the stream from the checkpoint's cursor on, and the workers."""
+    recipe = prepared.recipe
+    progress = start.progress if start else Progress()
+    attempt = Attempt(
+        recipe.located(), folder, start.path if start else None, progress, prepared.train.num_rows,
+        prepared.contract.behaviour_sha256, run_id, cuda,
+    )  # fmt: skip
+    windows = list(pipeline.train_windows(recipe, prepared.train, progress.cursor))
+    if not windows:  # the run ended between its last checkpoint and its result
+        return
+    datasets = {"train": pipeline.stream(windows, prepared.template, recipe, recipe.scale.num_workers)}
+    if prepared.eval is not None:
+        held_out = list(pipeline.eval_windows(prepared.eval))
+        datasets["eval"] = pipeline.stream(held_out, prepared.template, recipe, recipe.scale.num_workers)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"attempt": attempt},
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(num_workers=recipe.scale.num_workers, use_gpu=cuda),
+        # burnish keeps its own checkpoints and restarts; Ray's folder holds nothing that is needed again.
+        run_config=RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=str(folder / ".ray"),
+            failure_config=FailureConfig(max_failures=0),
+            callbacks=list(callbacks),
+        ),
+        datasets=datasets,
+        dataset_config=_Splits(ExecutionOptions(preserve_order=True)),
+    )
+    trainer.fit()
+
+
+def _watched(work: Callable[[], None], folder: Path, prepared: Prepared, watch: Watch | None) -> None:
+    """Runs the work in a thread, so that this one can show progress and take signals."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while not future.done():
+            if watch is not None:
+                watch(folder, {"max_steps": prepared.recipe.train.max_steps})
+            time.sleep(0.5)
+        if watch is not None:
+            watch(folder, {"max_steps": prepared.recipe.train.max_steps})
+        future.result()
+
+
+@contextmanager
+def _stop_on_signal(folder: Path) -> Iterator[threading.Event]:
+    """While the block runs, SIGTERM and the first Ctrl-C ask the workers for a checkpoint and an end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        (folder / STOP_FILE).touch()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
+    """The result of a run that reached its end, also written to result.json, which marks the run as done."""
+    last = checkpoint.newest(folder / "checkpoints")
+    if last is None:
+        raise InfrastructureError(f"{folder}: the run ended without a checkpoint that verifies; start it again under a new name")
+    metrics: dict[str, float] = {}
+    for line in lines(folder / "metrics.jsonl"):
+        metrics |= {key: value for key, value in line.items() if key != "step"}
+    if last.progress.step == 0:
+        raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
+    result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
+    partial = folder / ".result.json.partial"
+    partial.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    os.replace(partial, folder / "result.json")
+    return result
+
+
+def _finished(folder: Path) -> Result | None:
+    """The result of a run that is done already, where its checkpoint still stands."""
+    try:
+        result = Result(**json.loads((folder / "result.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return result if Path(result.checkpoint).is_dir() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,100 @@
+"""The run's own records, written by world rank 0: what each step trained, what was refused, what was measured.
+
+    ledger.jsonl     {"step": t, "packs": [[epoch, window, index], ...], "tokens": n, "trained_tokens": n, "loss": x}
+    refused.jsonl    {"row": "path#index", "code": ..., "turn": ..., "message": ...}
+    metrics.jsonl    {"step": t, "train/loss": x, ...}
+
+Steps count from 1. Each step stands once: after a resume, lines of steps that the checkpoint does not hold are gone
+before they are written again.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from burnish.data.pipeline import StepMeta
+from burnish.errors import DataError, InfrastructureError
+
+
+@dataclass
+class Ledger:
+    """Append-only records of one run, open for writing; `seen` are the rows that were refused so far."""
+
+    folder: Path
+    seen: dict[str, str]
+    max_refused_rows: float
+
+    @classmethod
+    def open(cls, folder: Path, step: int, max_refused_rows: float) -> "Ledger":
+        """The records of a run that goes on after `step`; lines of later steps and torn lines are removed."""
+        for name in ("ledger.jsonl", "metrics.jsonl"):
+            _rewrite(folder / name, [line for line in lines(folder / name) if line["step"] <= step])
+        refused = list(lines(folder / "refused.jsonl")) if step else []
+        _rewrite(folder / "refused.jsonl", refused)
+        return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows)
+
+    def record(self, step: int, meta: StepMeta, loss: float, metrics: dict[str, float]) -> None:
+        """Appends one step to all records. Raises DataError when more rows are refused than the recipe allows."""
+        entry = {"step": step, "packs": meta.packs, "tokens": meta.tokens, "trained_tokens": meta.trained_tokens, "loss": loss}
+        self.refuse(meta.refused)
+        self._append("ledger.jsonl", entry)
+        self.measure(step, metrics)
+
+    def measure(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends measurements of a step."""
+        self._append("metrics.jsonl", {"step": step, **metrics})
+
+    def refuse(self, refusals: tuple[dict[str, Any], ...]) -> None:
+        """Appends rows that were refused for the first time in this run."""
+        for refusal in refusals:
+            if refusal["row"] not in self.seen:
+                self.seen[refusal["row"]] = refusal["code"]
+                self._append("refused.jsonl", refusal)
+        check_refused(Counter(self.seen.values()), self.max_refused_rows, str(self.folder / "refused.jsonl"))
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InfrastructureError(f"{self.folder / name}: cannot be written: {error}") from error
+
+
+def check_refused(codes: "Counter[str]", max_refused_rows: float, where: str) -> None:
+    """Raises DataError where more rows are refused than allowed; overlong rows are dropped by policy and do not count."""
+    count = sum(number for code, number in codes.items() if code != "overlong")
+    if count > max_refused_rows:
+        shown = ", ".join(f"{code}: {number}" for code, number in codes.most_common())
+        raise DataError(
+            f"{count} rows were refused, more than the {max_refused_rows:g} that data.max_refused allows ({shown}). "
+            f"The reasons stand in {where}; mend the rows, or raise data.max_refused to train without them"
+        )
+
+
+def lines(path: Path) -> Iterator[Any]:
+    """The objects of a JSONL file that may be missing or end in a torn line."""
+    try:
+        with open(path) as file:
+            yield from _parsed(file)
+    except FileNotFoundError:
+        return
+
+
+def _parsed(file: IO[str]) -> Iterator[Any]:
+    for line in file:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _rewrite(path: Path, entries: list[Any]) -> None:
+    """Replaces a JSONL file in one step, so that a crash leaves the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    os.replace(partial, path)
+

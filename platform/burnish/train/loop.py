@@ -1,0 +1,205 @@
+"""What one training worker does: the same straight line on every worker, every collective called by all."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from burnish.config import Recipe
+from burnish.data.pipeline import StepMeta
+from burnish.errors import TrainingError
+from burnish.tracking import Tracker
+from burnish.train import checkpoint, engine as ds
+from burnish.train.checkpoint import Progress
+from burnish.train.ledger import Ledger
+from burnish.train.model import build_model
+from burnish.train.objective import loss_sum
+from burnish.train.schedule import learning_rate
+
+STOP_FILE = "STOP"
+"""A file of this name in the run folder asks the run to save a checkpoint and end."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told."""
+
+    recipe: Recipe
+    run_folder: Path
+    resume: Path | None
+    progress: Progress
+    num_rows: int
+    behaviour_sha256: str
+    run_id: str | None
+    cuda: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's packs of one step, and the meta of the whole step. `wait_seconds` is how long it took to come."""
+
+    packs: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]]
+    meta: StepMeta
+    wait_seconds: float
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Trains one worker's share of the recipe, from a checkpoint or from the start, to its end or to a stop."""
+    attempt: Attempt = config["attempt"]
+    recipe = attempt.recipe
+    num_workers = dist.get_world_size()
+    engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
+    if attempt.resume is not None:
+        ds.load_state(engine, attempt.resume / "engine")
+    progress = attempt.progress
+    records = Records(attempt) if dist.get_rank() == 0 else None
+    metrics: dict[str, float] = {}
+    evaluated, saved = -1, progress.step if attempt.resume else -1
+    stopped = False
+    for batch in batches(ray.train.get_dataset_shard("train")):
+        if stopped or progress.step == recipe.train.max_steps:
+            break
+        metrics, stopped = train_step(engine, batch, progress.step + 1, attempt)
+        progress = Progress(progress.step + 1, batch.meta.cursor)
+        if records:
+            records.step(progress.step, batch.meta, metrics)
+        if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
+            metrics, evaluated = metrics | evaluate(engine, attempt, records, progress.step), progress.step
+        if due(progress.step, recipe.checkpoint.every_steps) or stopped:
+            save(engine, attempt, progress)
+            saved = progress.step
+        if progress.step in (evaluated, saved):
+            checkpoint.report({**metrics, "step": progress.step})
+    if recipe.data.eval and evaluated != progress.step and not stopped:
+        metrics |= evaluate(engine, attempt, records, progress.step)
+    if saved != progress.step:
+        save(engine, attempt, progress)
+    checkpoint.report({**metrics, "step": progress.step})
+    if records:
+        records.close()
+
+
+def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> tuple[dict[str, float], bool]:
+    """One optimizer step; the metrics of the whole step, and whether a stop was asked for. A collective call.
+
+    Raises TrainingError on every worker where the loss of the step is no number; no checkpoint is written after it.
+    """
+    recipe, meta = attempt.recipe, batch.meta
+    started = time.monotonic()
+    # Dropout is a function of the step and the worker, so a resumed run draws what the uninterrupted one drew.
+    torch.manual_seed(hash((recipe.train.seed, step, dist.get_rank())) % (1 << 63))
+    done = (step - 1) / recipe.train.max_steps if recipe.train.max_steps else 0.0
+    rate = learning_rate(recipe.optim, step, max(meta.progress, done))
+    ds.set_learning_rate(engine, rate)
+    # The sum of losses and the wish to stop travel in the one collective that a step adds.
+    shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for input_ids, labels, seq_lens in batch.packs:
+        loss = loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+        ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
+        engine.step()
+        shared[0] += loss.detach()
+    shared[1] = float((attempt.run_folder / STOP_FILE).exists()) if dist.get_rank() == 0 else 0.0
+    dist.all_reduce(shared)
+    total, stop = shared.tolist()
+    loss_value = total / max(1, meta.trained_tokens)
+    if not math.isfinite(loss_value):
+        packs = ", ".join(map(str, meta.packs))
+        raise TrainingError(f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. Lower optim.learning_rate")
+    seconds = time.monotonic() - started
+    capacity = len(meta.packs) * recipe.data.max_length
+    metrics = {
+        "train/loss": loss_value,
+        "train/learning_rate": rate,
+        "train/grad_norm": ds.grad_norm(engine),
+        "train/tokens_per_second": meta.tokens / (seconds + batch.wait_seconds),
+        "train/trained_tokens": float(meta.trained_tokens),
+        "train/progress": meta.progress,
+        "data/packing_efficiency": meta.tokens / max(1, capacity),
+        "data/wait_share": batch.wait_seconds / (seconds + batch.wait_seconds),
+    }
+    return metrics, stop > 0
+
+
+def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", step: int) -> dict[str, float]:
+    """Loss and perplexity over all held-out rows, each trained token of them counted once. A collective call."""
+    engine.eval()
+    shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for batch in batches(ray.train.get_dataset_shard("eval")):
+            for input_ids, labels, seq_lens in batch.packs:
+                shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+            shared[1] += batch.meta.trained_tokens / dist.get_world_size()
+    engine.train()
+    dist.all_reduce(shared)
+    total, count = shared.tolist()
+    loss = total / max(1.0, count)
+    metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    if records:
+        records.measure(step, metrics)
+    return metrics
+
+
+def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
+    """One checkpoint of this run. A collective call."""
+    folder = attempt.run_folder / "checkpoints"
+    checkpoint.save(engine, progress, folder, attempt.recipe.checkpoint.keep, attempt.behaviour_sha256)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens at this one."""
+    return every is not None and step % every == 0
+
+
+def batches(shard: Any) -> Iterator[Batch]:
+    """This worker's steps in order: each block of its stream is its share of one step."""
+    share = None
+    iterator = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))
+    while True:
+        started = time.monotonic()
+        table: pa.Table | None = next(iterator, None)
+        if table is None:
+            return
+        share = share or table.num_rows
+        assert table.num_rows == share, f"a block of {table.num_rows} packs is no share of a step of {share}"
+        columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels", "seq_lens")]
+        packs = [(_row(columns[0], i), _row(columns[1], i), _row(columns[2], i)) for i in range(share)]
+        meta = StepMeta.from_json(table.column("meta")[0].as_py())
+        yield Batch(packs, meta, time.monotonic() - started)
+
+
+def _row(column: Any, i: int) -> NDArray[np.int32]:
+    """One list of an Arrow column as a NumPy view."""
+    values: NDArray[np.int32] = column[i].values.to_numpy(zero_copy_only=False)
+    return values
+
+
+class Records:
+    """World rank 0's records: the run folder's files, and MLflow."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        recipe = attempt.recipe
+        self._ledger = Ledger.open(attempt.run_folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
+        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id)
+
+    def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:
+        """One trained step."""
+        self._ledger.record(step, meta, metrics["train/loss"], metrics)
+        self._tracker.log(metrics, step)
+
+    def measure(self, step: int, metrics: dict[str, float]) -> None:
+        """Measurements after a step."""
+        self._ledger.measure(step, metrics)
+        self._tracker.log(metrics, step)
+
+    def close(self) -> None:
+        """Waits a while for MLflow to take what is left."""
+        self._tracker.close()

@@ -1,0 +1,138 @@
+"""The model of a recipe: its folder checked, its tokenizer and template, its weights with or without adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from burnish.config import Recipe
+from burnish.data.template import Template
+from burnish.errors import DataError, RecipeError
+from burnish.train import attention
+
+_ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types in which the packed kernel keeps samples apart; linear attention and state spaces are not among them."""
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises RecipeError unless the model folder holds a configuration and weights that packed attention can train.
+
+    A name that is no folder but looks like a Hub id (`owner/name`) is left to the Hub.
+    """
+    path = Path(recipe.model.path).expanduser()
+    if not path.is_dir():
+        if path.exists() or recipe.model.path.startswith((".", "/", "~")) or recipe.model.path.count("/") != 1:
+            raise RecipeError(f"model.path: {recipe.model.path!r} is no folder; write one with a Hugging Face model")
+    else:
+        if not (path / "config.json").exists():
+            raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
+        if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
+            raise RecipeError(f"model.path: {path} has no weights (*.safetensors); copy them there or name another folder")
+    config = _configuration(recipe)
+    layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
+    if layers:
+        raise RecipeError(f"model.path: {path} has layers of type {', '.join(sorted(layers))}, which cannot keep packed samples apart")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise RecipeError(f"model.path: {path} uses attention softcapping, which packed attention does not support")
+
+
+def load_template(recipe: Recipe) -> Template:
+    """The tokenizer with the resolved chat template and stop tokens that serving will use.
+
+    Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(_place(recipe), revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {_line(error)}") from None
+    return Template(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer))
+
+
+def build_model(recipe: Recipe, cuda: bool) -> torch.nn.Module:
+    """The model with packed attention, in the recipe's dtype on the CPU, adapters added where the recipe has LoRA.
+
+    Equal on every worker: adapters are drawn from `train.seed`. Only what is trained requires gradients.
+    Raises RecipeError for target modules that the model does not have.
+    """
+    kernel = attention.register(recipe.model.attention, cuda)
+    dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        _place(recipe), revision=recipe.model.revision, dtype=dtype, attn_implementation=kernel
+    )
+    model.config.use_cache = False
+    torch.manual_seed(recipe.train.seed)
+    if recipe.lora is not None:
+        targets = recipe.lora.target_modules
+        lora = LoraConfig(
+            r=recipe.lora.rank,
+            lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]  # peft only divides by it; a float is right
+            lora_dropout=recipe.lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            # The adapters take the base's dtype; DeepSpeed keeps the float32 masters.
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise RecipeError(f"lora.target_modules: {_line(error)}") from None
+    checkpointing = recipe.model.activation_checkpointing
+    if cuda if checkpointing == "auto" else checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if recipe.lora is not None:
+            model.enable_input_require_grads()
+    result: torch.nn.Module = model.train()
+    return result
+
+
+def _place(recipe: Recipe) -> str:
+    return recipe.located().model.path
+
+
+def _configuration(recipe: Recipe) -> Any:
+    try:
+        return AutoConfig.from_pretrained(_place(recipe), revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.path: {recipe.model.path} cannot be loaded: {_line(error)}") from None
+
+
+def _source(recipe: Recipe, tokenizer: Any) -> str:
+    """Jinja text of the chat template in force."""
+    if recipe.template.path is not None:
+        try:
+            return Path(recipe.template.path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"template.path: {recipe.template.path} cannot be read: {error}") from None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        raise DataError(
+            f"model.path: the tokenizer of {recipe.model.path} has no chat template; "
+            "name the Jinja file that serving will use in template.path"
+        ) from None
+
+
+def _stop_ids(recipe: Recipe, tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that end an answer: the recipe's, else the generation config's and the tokenizer's EOS."""
+    if recipe.template.stop_tokens is not None:
+        ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in recipe.template.stop_tokens}
+        for token, found in ids.items():
+            if len(found) != 1:
+                raise DataError(f"template.stop_tokens: {token!r} is {len(found)} tokens in this vocabulary; name a token that is one")
+        return frozenset(found[0] for found in ids.values())
+    try:
+        generation: Any = GenerationConfig.from_pretrained(_place(recipe), revision=recipe.model.revision)
+        stops = generation.eos_token_id
+    except (OSError, json.JSONDecodeError):
+        stops = None
+    listed = stops if isinstance(stops, list) else [stops]
+    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def _line(error: BaseException) -> str:
+    """The first 300 characters of an error's text on one line."""
+    return " ".join(str(error).split())[:300]
+
+

@@ -1,0 +1,20 @@
+"""The learning rate of a step, from its number and the share of the run that lies before it."""
+
+import math
+
+from burnish.config import OptimSpec
+
+
+def learning_rate(optim: OptimSpec, step: int, progress: float) -> float:
+    """The learning rate of the `step`-th step, counted from 1, when `progress` in [0, 1] of the run is done.
+
+    The share of the run is known from the position in the source rows, so the schedule needs no count of packs, and
+    is the same on any number of workers and after any resume. Warm-up: rises over the first `warmup_steps` steps.
+    """
+    warmup = min(1.0, step / (optim.warmup_steps + 1))
+    decay = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[optim.schedule]
+    return optim.learning_rate * warmup * decay
