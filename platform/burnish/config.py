@@ -243,9 +243,22 @@ class Recipe(Spec):
         return Path(self.checkpoint.storage).expanduser().absolute() / self.name
 
     def located(self) -> "Recipe":
-        """The same recipe with a model folder named absolutely, for workers, which run in folders of their own."""
-        path = Path(self.model.path).expanduser()
-        return self.model_copy(update={"model": self.model.model_copy(update={"path": str(path.absolute())})}) if path.is_dir() else self
+        """The same recipe with every local path absolute, for workers and trials, which run in folders of their own."""
+
+        def absolute(path: str) -> str:
+            return str(Path(path).expanduser().absolute())
+
+        tree = self.dump()
+        if Path(self.model.path).expanduser().is_dir():
+            tree["model"]["path"] = absolute(self.model.path)
+        for source in tree["data"]["train"] + tree["data"]["eval"]:
+            source["path"] = absolute(source["path"])
+        if self.template.path is not None:
+            tree["template"]["path"] = absolute(self.template.path)
+        tree["checkpoint"]["storage"] = absolute(self.checkpoint.storage)
+        if (self.tracking.uri or "").startswith("sqlite:///"):
+            tree["tracking"]["uri"] = "sqlite:///" + absolute(str(self.tracking.uri).removeprefix("sqlite:///"))
+        return Recipe.model_validate(tree)
 
     def dump(self) -> dict[str, Any]:
         """The whole recipe as plain JSON types, defaults written out; `Recipe.model_validate` reads it back."""

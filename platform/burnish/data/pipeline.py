@@ -98,13 +98,13 @@ def render_window(window: sources.Window, epoch: int, template: Template, recipe
             if rng.random() >= window.keep:
                 continue
             rows += 1
-            name = f"{window.path}#{index}"
+            name = window.row_name(index)
             try:
                 samples += render_row(row, name, template, recipe)
             except Refused as refusal:
                 refused.append({"row": name, **refusal.to_json()})
     except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{window.path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{window.name}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     return WindowResult(tuple(samples), tuple(refused), rows)
 
 

@@ -23,15 +23,21 @@ class Window:
     """`num_rows` rows of one file from `first_row` on, of which a seeded share `keep` belongs to an epoch.
 
     `offset` is the byte at which the window starts in an uncompressed JSONL file, else -1. `window` numbers the
-    windows of a source list from 0; the same files give the same windows on every machine.
+    windows of a source list from 0; the same files give the same windows on every machine. `name` is the path as the
+    recipe writes it, `path` the absolute one.
     """
 
     window: int
+    name: str
     path: str
     first_row: int
     num_rows: int
     offset: int
     keep: float
+
+    def row_name(self, row: int) -> str:
+        """How messages and records name a row: ``path#index``."""
+        return f"{self.name}#{row}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for a Ray Data row."""
@@ -66,7 +72,7 @@ def index(sources: Sequence[SourceSpec], window_rows: int) -> Index:
         for keep in [1.0] * int(source.weight) + ([source.weight % 1] if source.weight % 1 else []):
             for first, offset in starts:
                 size = min(window_rows, num_rows - first)
-                windows.append(Window(len(windows), str(path), first, size, offset, keep))
+                windows.append(Window(len(windows), source.path, str(path), first, size, offset, keep))
     return Index(tuple(windows), rows, digest.hexdigest())
 
 

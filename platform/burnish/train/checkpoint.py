@@ -13,25 +13,22 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from burnish.data.pipeline import Cursor
 from burnish.errors import InfrastructureError
-from burnish.train import engine as ds
+from burnish.train.attempt import Progress
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: optimizer steps done, and the next pack of the global order."""
-
-    step: int = 0
-    cursor: Cursor = Cursor()
+WEIGHTS = "weights.safetensors"
+"""The file of a checkpoint with the trained weights."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,12 @@ class Checkpoint:
     behaviour_sha256: str
 
 
-def save(engine: ds.Engine, progress: Progress, folder: Path, keep: int, behaviour_sha256: str) -> Path:
-    """Writes a checkpoint of this step and keeps the newest `keep`. Called by every worker.
+@contextmanager
+def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) -> Iterator[Path]:
+    """A folder to write this step's checkpoint into, which becomes one when the block ends. Called by every worker.
 
-    Raises InfrastructureError where the storage refuses, with the checkpoints before it untouched.
+    Afterwards the newest `keep` checkpoints stand. Raises InfrastructureError where the storage refuses, with the
+    checkpoints before it untouched.
     """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -57,21 +56,15 @@ def save(engine: ds.Engine, progress: Progress, folder: Path, keep: int, behavio
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        ds.save_state(engine, partial / "engine")
-        weights = ds.trained_weights(engine)
-        if first:
-            save_file(weights, partial / "weights.safetensors", metadata={"format": "pt", "chat_contract": behaviour_sha256})
+        yield partial
         dist.barrier()
         if first:
             _write_manifest(partial, progress, behaviour_sha256)
-            if final.exists():
-                shutil.rmtree(final)
             os.replace(partial, final)
             _keep(folder, keep)
         dist.barrier()
     except OSError as error:
         raise InfrastructureError(f"{partial}: the checkpoint of step {progress.step} could not be written: {error}") from error
-    return final
 
 
 def report(metrics: dict[str, float]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.data
 
 from burnish.config import Recipe
 from burnish.errors import InfrastructureError, RecipeError
@@ -27,7 +28,8 @@ def connected(num_workers: int) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # Without this a local Ray turns token authentication on for every later cluster of this user.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from burnish.config import Recipe
 
@@ -70,8 +71,8 @@ def grad_norm(engine: Engine) -> float:
     return 0.0 if norm is None else float(norm)
 
 
-def trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every trained weight by name, whole and on the CPU, on world rank 0; empty on the others. A collective call."""
+def save_weights(engine: Engine, file: Path, metadata: dict[str, str]) -> None:
+    """Writes every trained weight, whole, to one safetensors file on world rank 0. A collective call."""
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
@@ -79,7 +80,8 @@ def trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             if dist.get_rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    return weights
+    if dist.get_rank() == 0:
+        save_file(weights, file, metadata={"format": "pt", **metadata})
 
 
 def save_state(engine: Engine, folder: Path) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data import DataIterator, Dataset, ExecutionOptions
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
@@ -30,10 +29,11 @@ from burnish.data.conversation import Refused
 from burnish.data.template import Template
 from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
 from burnish.train import checkpoint
+from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected
 from burnish.train.ledger import check_refused, lines
-from burnish.train.loop import STOP_FILE, Attempt, Progress, train_loop
 from burnish.train.model import check_model, load_template
+from burnish.train.split import OrderedSplit
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ def _check_head(name: str, index: sources.Index, template: Template, recipe: Rec
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
-    heads = ((window, index, row) for window in index.windows for index, row in sources.read(window))
+    heads = ((window, position, row) for window in index.windows for position, row in sources.read(window))
     for window, position, row in islice(heads, HEAD_ROWS):
         rows += 1
-        place = f"{window.path}#{position}"
+        place = window.row_name(position)
         try:
             pipeline.render_row(row, place, template, recipe)
         except Refused as refusal:
@@ -241,26 +241,11 @@ def decide(error: WorkerGroupError) -> BurnishError | None:
     return BurnishError(f"training failed: {error}")
 
 
-class _Splits(DataConfig):
-    """Gives worker w every `num_workers`-th block, in order, with none dropped."""
+def _work(config: dict[str, Any]) -> None:
+    """A worker's entry: the driver need not import what only workers use."""
+    from burnish.train.loop import train_loop
 
-    def __init__(self, options: ExecutionOptions) -> None:
-        super().__init__(execution_options=options)
-        self._options = options
-
-    def configure(
-        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, DataIterator]]:
-        """One iterator a dataset for each worker."""
-        splits: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = dataset.copy(dataset)
-            dataset.set_name(name)
-            dataset.context.execution_options = self._options
-            # Ray Train's own split drops the remainder (equal=True); steps are filled up already.
-            for worker, iterator in enumerate(dataset.streaming_split(world_size, equal=False)):
-                splits[worker][name] = iterator
-        return splits
+    train_loop(config)
 
 
 def _fit(
@@ -281,7 +266,7 @@ def _fit(
         held_out = list(pipeline.eval_windows(prepared.eval))
         datasets["eval"] = pipeline.stream(held_out, prepared.template, recipe, recipe.scale.num_workers)
     trainer = TorchTrainer(
-        train_loop,
+        _work,
         train_loop_config={"attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(num_workers=recipe.scale.num_workers, use_gpu=cuda),
@@ -293,7 +278,7 @@ def _fit(
             callbacks=list(callbacks),
         ),
         datasets=datasets,
-        dataset_config=_Splits(ExecutionOptions(preserve_order=True)),
+        dataset_config=OrderedSplit(),
     )
     trainer.fit()
 

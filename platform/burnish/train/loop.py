@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,30 +19,13 @@ from burnish.config import Recipe
 from burnish.data.pipeline import StepMeta
 from burnish.errors import TrainingError
 from burnish.tracking import Tracker
-from burnish.train import checkpoint, engine as ds
-from burnish.train.checkpoint import Progress
+from burnish.train import checkpoint
+from burnish.train import engine as ds
+from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
 from burnish.train.objective import loss_sum
 from burnish.train.schedule import learning_rate
-
-STOP_FILE = "STOP"
-"""A file of this name in the run folder asks the run to save a checkpoint and end."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told."""
-
-    recipe: Recipe
-    run_folder: Path
-    resume: Path | None
-    progress: Progress
-    num_rows: int
-    behaviour_sha256: str
-    run_id: str | None
-    cuda: bool
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -57,15 +41,19 @@ def train_loop(config: dict[str, Any]) -> None:
     attempt: Attempt = config["attempt"]
     recipe = attempt.recipe
     num_workers = dist.get_world_size()
-    engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
+    # The data tasks start while the model loads.
+    with ThreadPoolExecutor(1) as pool:
+        stream = batches(ray.train.get_dataset_shard("train"))
+        first = pool.submit(next, stream, None)
+        engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
     if attempt.resume is not None:
         ds.load_state(engine, attempt.resume / "engine")
     progress = attempt.progress
     records = Records(attempt) if dist.get_rank() == 0 else None
-    metrics: dict[str, float] = {}
+    evaluation: dict[str, float] = {}
     evaluated, saved = -1, progress.step if attempt.resume else -1
     stopped = False
-    for batch in batches(ray.train.get_dataset_shard("train")):
+    for batch in chain(filter(None, [first.result()]), stream):
         if stopped or progress.step == recipe.train.max_steps:
             break
         metrics, stopped = train_step(engine, batch, progress.step + 1, attempt)
@@ -73,17 +61,16 @@ def train_loop(config: dict[str, Any]) -> None:
         if records:
             records.step(progress.step, batch.meta, metrics)
         if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
-            metrics, evaluated = metrics | evaluate(engine, attempt, records, progress.step), progress.step
+            evaluation, evaluated = evaluate(engine, attempt, records, progress.step), progress.step
+            checkpoint.report({**metrics, **evaluation, "step": progress.step})
         if due(progress.step, recipe.checkpoint.every_steps) or stopped:
             save(engine, attempt, progress)
             saved = progress.step
-        if progress.step in (evaluated, saved):
-            checkpoint.report({**metrics, "step": progress.step})
     if recipe.data.eval and evaluated != progress.step and not stopped:
-        metrics |= evaluate(engine, attempt, records, progress.step)
+        evaluation = evaluate(engine, attempt, records, progress.step)
+        checkpoint.report({**evaluation, "step": progress.step})
     if saved != progress.step:
         save(engine, attempt, progress)
-    checkpoint.report({**metrics, "step": progress.step})
     if records:
         records.close()
 
@@ -150,8 +137,10 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
 
 def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
     """One checkpoint of this run. A collective call."""
-    folder = attempt.run_folder / "checkpoints"
-    checkpoint.save(engine, progress, folder, attempt.recipe.checkpoint.keep, attempt.behaviour_sha256)
+    folder, keep = attempt.run_folder / "checkpoints", attempt.recipe.checkpoint.keep
+    with checkpoint.writing(folder, progress, keep, attempt.behaviour_sha256) as partial:
+        ds.save_state(engine, partial / "engine")
+        ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": attempt.behaviour_sha256})
 
 
 def due(step: int, every: int | None) -> bool:

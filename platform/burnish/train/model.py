@@ -2,17 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from burnish.config import Recipe
+from burnish.config import LoraSpec, Recipe
 from burnish.data.template import Template
 from burnish.errors import DataError, RecipeError
-from burnish.train import attention
 
+if TYPE_CHECKING:
+    import torch
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types in which the packed kernel keeps samples apart; linear attention and state spaces are not among them."""
 
@@ -51,12 +50,17 @@ def load_template(recipe: Recipe) -> Template:
     return Template(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer))
 
 
-def build_model(recipe: Recipe, cuda: bool) -> torch.nn.Module:
+def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
     """The model with packed attention, in the recipe's dtype on the CPU, adapters added where the recipe has LoRA.
 
     Equal on every worker: adapters are drawn from `train.seed`. Only what is trained requires gradients.
     Raises RecipeError for target modules that the model does not have.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from burnish.train import attention
+
     kernel = attention.register(recipe.model.attention, cuda)
     dtype: torch.dtype = getattr(torch, recipe.model.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,19 +69,7 @@ def build_model(recipe: Recipe, cuda: bool) -> torch.nn.Module:
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:
-        targets = recipe.lora.target_modules
-        lora = LoraConfig(
-            r=recipe.lora.rank,
-            lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]  # peft only divides by it; a float is right
-            lora_dropout=recipe.lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        try:
-            # The adapters take the base's dtype; DeepSpeed keeps the float32 masters.
-            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise RecipeError(f"lora.target_modules: {_line(error)}") from None
+        model = with_adapters(model, recipe.lora)
     checkpointing = recipe.model.activation_checkpointing
     if cuda if checkpointing == "auto" else checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -85,6 +77,24 @@ def build_model(recipe: Recipe, cuda: bool) -> torch.nn.Module:
             model.enable_input_require_grads()
     result: torch.nn.Module = model.train()
     return result
+
+
+def with_adapters(model: Any, spec: LoraSpec) -> Any:
+    """The model with fresh LoRA adapters in its own dtype; DeepSpeed keeps the float32 masters."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = spec.target_modules
+    lora = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft only divides by it; a float is right
+        lora_dropout=spec.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise RecipeError(f"lora.target_modules: {_line(error)}") from None
 
 
 def _place(recipe: Recipe) -> str:

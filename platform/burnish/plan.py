@@ -1,0 +1,131 @@
+"""What a recipe will cost, counted by the same graph that training streams from."""
+
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from burnish.config import Recipe
+from burnish.data import pipeline
+from burnish.data.pipeline import Cursor, StepMeta
+from burnish.train.cluster import connected
+from burnish.train.launch import prepare
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Rows, refusals by code, samples, packs, tokens, steps, balance and memory of one epoch of a recipe.
+
+    Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, summed over steps; 1 is perfect.
+    Raises what `prepare` raises.
+    """
+    prepared = prepare(recipe)
+    one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    windows = list(pipeline.train_windows(one_epoch, prepared.train, Cursor()))
+    codes: Counter[str] = Counter()
+    rows = samples = packs = tokens = trained = steps = 0
+    mean_cost = max_cost = 0.0
+    hidden = _hidden_size(recipe)
+    with connected(recipe.scale.num_workers):
+        stream = pipeline.stream(windows, prepared.template, recipe, num_workers=1)
+        stream.context.execution_options.preserve_order = True
+        for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            meta = StepMeta.from_json(table.column("meta")[0].as_py())
+            codes.update(refusal["code"] for refusal in meta.refused)
+            rows += meta.rows
+            packs += len(meta.packs)
+            tokens += meta.tokens
+            trained += meta.trained_tokens
+            steps += bool(meta.packs)
+            costs = _costs(table, hidden).reshape(recipe.scale.num_workers, -1).sum(axis=1)
+            samples += int(sum(len(row) for row in table.column("seq_lens").to_pylist()))
+            mean_cost, max_cost = mean_cost + float(costs.mean()), max_cost + float(costs.max())
+    total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
+    return {
+        "rows": rows,
+        "refused": dict(codes),
+        "samples": samples,
+        "packs": packs,
+        "packing_efficiency": tokens / max(1, packs * recipe.data.max_length),
+        "total_tokens": tokens,
+        "trained_tokens": trained,
+        "steps_per_epoch": steps,
+        "steps": min(total_steps, recipe.train.max_steps or total_steps),
+        "balance": mean_cost / max_cost if max_cost else 1.0,
+        "memory": memory(recipe),
+    }
+
+
+def _costs(table: pa.Table, hidden: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Relative cost of each pack: 6 * hidden * tokens + sum(length^2), the shape that verl's balancing uses.
+
+    A transformer layer spends about 12 * hidden^2 multiply-adds a token in its matrices and 2 * hidden * length in
+    attention; divided by 2 * hidden that is 6 * hidden + length.
+    """
+    lengths = [np.array(row, np.float64) for row in table.column("seq_lens").to_pylist()]
+    return np.array([6.0 * hidden * each.sum() + (each**2).sum() for each in lengths])
+
+
+def _hidden_size(recipe: Recipe) -> int:
+    config: Any = AutoConfig.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
+    return int(getattr(config.get_text_config(), "hidden_size", 1024))
+
+
+def memory(recipe: Recipe) -> dict[str, int] | None:
+    """Bytes that weights, gradients and optimizer take on each worker, activations apart; None for a Hub model.
+
+    AdamW keeps two float32 moments, and float32 masters where training is in 16 bits (ZeRO, arXiv 1910.02054, 3.1).
+    """
+    folder = Path(recipe.model.path).expanduser()
+    shapes = _shapes(folder) if folder.is_dir() else {}
+    if not shapes:
+        return None
+    weights = sum(int(np.prod(shape)) for shape in shapes.values())
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "lm_head" not in name]
+    adapter = recipe.lora.rank * sum(sum(shape) for shape in matrices) if recipe.lora else 0
+    trained = adapter if recipe.lora else weights
+    size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.scale.num_workers
+    states = 8 if size == 4 else 12
+    return {
+        "weights": (weights + adapter) * size // (workers if stage == 3 else 1),
+        "gradients": trained * size // (workers if stage >= 2 else 1),
+        "optimizer": trained * states // (workers if stage >= 1 else 1),
+    }
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors, from the safetensors headers alone."""
+    shapes: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def show(result: dict[str, Any]) -> None:
+    """The plan as a table for people."""
+    table = Table(show_header=False, box=None)
+    refused = ", ".join(f"{code} {count}" for code, count in result["refused"].items()) or "none"
+    usage = result["memory"]
+    for name, value in (
+        ("rows", f"{result['rows']:,}"),
+        ("refused", refused),
+        ("samples", f"{result['samples']:,}"),
+        ("packs", f"{result['packs']:,} ({result['packing_efficiency']:.1%} full)"),
+        ("tokens an epoch", f"{result['total_tokens']:,}, of them {result['trained_tokens']:,} trained"),
+        ("steps", f"{result['steps']:,} ({result['steps_per_epoch']:,} an epoch)"),
+        ("balance over workers", f"{result['balance']:.3f}"),
+        ("memory a worker", f"{sum(usage.values()) / 1e9:.2f} GB without activations" if usage else "unknown before download"),
+    ):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
