@@ -23,9 +23,9 @@ class ProgressLine:
         self._recipe = recipe
         self._console = Console(file=sys.stderr, highlight=False)
         self._status: Status | None = None
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
         self._shown = ""
-        self._first: int | None = None
+        self._first: tuple[int, float, float] | None = None
 
     def __enter__(self) -> "ProgressLine":
         if self._console.is_terminal:
@@ -61,8 +61,8 @@ class ProgressLine:
         if "train/loss" not in newest:
             return None
         step = int(newest["step"])
-        self._first = step if self._first is None else self._first
         share = max(newest["train/progress"], step / max_steps if max_steps else 0.0)
+        self._first = self._first or (step, share, time.monotonic())
         parts = [
             f"{self._recipe.name}: step {step}",
             f"{share:.0%}",
@@ -74,9 +74,10 @@ class ProgressLine:
         ]
         if "eval/loss" in newest:
             parts.insert(3, f"eval loss {newest['eval/loss']:.3f}")
-        elapsed = time.monotonic() - self._started
-        if 0.02 < share < 1 and step > self._first:
-            parts.append(f"about {elapsed * (1 - share) / share:.0f} s left")
+        first_step, first_share, first_time = self._first
+        if step > first_step and first_share < share < 1:
+            left = (time.monotonic() - first_time) * (1 - share) / (share - first_share)
+            parts.append(f"about {left:.0f} s left")
         return "  ".join(parts)
 
     def _print(self, text: str) -> None:

@@ -16,9 +16,10 @@ DATA_CPUS = 2
 
 
 @contextmanager
-def connected(num_workers: int) -> Iterator[None]:
+def connected(num_workers: int, dashboard: bool = False) -> Iterator[None]:
     """Ray, for as long as the block runs: the one already joined, the one of RAY_ADDRESS or of this job, or an own one.
 
+    A sweep needs the `dashboard`: through it Ray frees the places of a trial that was ended early.
     An own one has logical CPUs enough for the workers and for data tasks, whatever cores there are.
     Raises InfrastructureError where the cluster of RAY_ADDRESS cannot be reached.
     """
@@ -36,7 +37,7 @@ def connected(num_workers: int) -> Iterator[None]:
         if address:
             ray.init(address=address, **options)  # type: ignore[arg-type]  # ray types every option of init as one
         else:
-            ray.init(address="local", num_cpus=num_workers + DATA_CPUS, include_dashboard=False, **options)  # type: ignore[arg-type]
+            ray.init(address="local", num_cpus=num_workers + DATA_CPUS, include_dashboard=dashboard, **options)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "an embedded Ray"
         raise InfrastructureError(f"{where} could not be joined: {error}") from error

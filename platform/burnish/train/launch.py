@@ -144,17 +144,31 @@ def _check_same_run(prepared: Prepared, folder: Path) -> None:
     recipe = prepared.recipe
     if not (folder / "recipe.yaml").exists():
         return
-    changed = differences(load(folder / "recipe.yaml"), recipe)
-    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
-    if changed:
-        shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
-        raise RecipeError(f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name")
+    check_same_recipe(recipe, folder)
     was = json.loads((folder / "data.json").read_text())
     if was != _digests(prepared):
         raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
     contract = Contract.from_json((folder / "contract.json").read_text())
     if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
         raise DataError(f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. Choose a new name")
+
+
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError, with the differences, where the folder was started with a recipe that trains otherwise."""
+    if not (folder / "recipe.yaml").exists():
+        return
+    changed = differences(load(folder / "recipe.yaml"), recipe)
+    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
+    if changed:
+        shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
+        raise RecipeError(f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name")
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replaces a JSON file in one step, so that a crash leaves the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(tree, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def _write_run_folder(prepared: Prepared, folder: Path) -> None:
@@ -165,7 +179,7 @@ def _write_run_folder(prepared: Prepared, folder: Path) -> None:
         if not (folder / "recipe.yaml").exists():
             (folder / "contract.json").write_text(prepared.contract.to_json())
             (folder / "chat_template.jinja").write_text(prepared.contract.template)
-            (folder / "data.json").write_text(json.dumps(_digests(prepared), indent=2) + "\n")
+            write_json(folder / "data.json", _digests(prepared))
             partial = folder / ".recipe.yaml.partial"
             partial.write_text(prepared.recipe.to_yaml())
             os.replace(partial, folder / "recipe.yaml")
@@ -185,7 +199,7 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
     known = json.loads(path.read_text())["run_id"] if path.exists() else None
     run_id = tracking.open_run(prepared.recipe, known, parent_id)
     if run_id is not None and known is None:
-        path.write_text(json.dumps({"run_id": run_id}) + "\n")
+        write_json(path, {"run_id": run_id})
         contract = prepared.contract
         tags = {"template.source_sha256": contract.source_sha256, "template.behaviour_sha256": contract.behaviour_sha256}
         files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
@@ -330,9 +344,7 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
     if last.progress.step == 0:
         raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
     result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
-    partial = folder / ".result.json.partial"
-    partial.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    os.replace(partial, folder / "result.json")
+    write_json(folder / "result.json", asdict(result))
     return result
 
 

@@ -1,0 +1,165 @@
+"""A sweep on Ray Tune: each trial is a whole training run; ASHA ends the ones that fall behind."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from burnish import tracking
+from burnish.config import Recipe, SweepSpec
+from burnish.errors import RecipeError, TrainingError
+from burnish.sweep.space import Assignment, draw, trial_recipe
+from burnish.train.cluster import DATA_CPUS, connected
+from burnish.train.launch import check_same_recipe, prepare, train, write_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one trial ended: finished, stopped early by ASHA, or failed; `metric` is None where it never reported."""
+
+    name: str
+    assignment: Assignment
+    status: str
+    metric: float | None
+    metrics: dict[str, float]
+
+
+def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
+    """Runs every trial of the recipe's space and gives the best, also written as `best.yaml` in the sweep's folder.
+
+    One MLflow parent run holds the trials. The same command again goes on: trials that are finished are not trained
+    again. Raises RecipeError without a space, TrainingError where no trial reported the metric.
+    """
+    spec = recipe.sweep
+    if spec is None or not spec.space:
+        raise RecipeError("sweep.space: is empty; name at least one axis, for example lora.rank: {choice: [8, 16]}")
+    if spec.metric.startswith("eval/") and not recipe.data.eval:
+        raise RecipeError(f"sweep.metric: {spec.metric} needs data.eval; name held-out rows, or write metric: train/loss")
+    recipes = [trial_recipe(recipe, number, assignment) for number, assignment in enumerate(draw(spec, recipe.train.seed))]
+    assignments = draw(spec, recipe.train.seed)
+    folder = recipe.run_folder()
+    check_same_recipe(recipe, folder)
+    prepare(recipes[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    parent = _open_parent(recipe, folder)
+    with connected(recipe.scale.num_workers * (spec.concurrent or 1), dashboard=True):
+        concurrent = min(len(recipes), spec.concurrent or _places(recipe))
+        show(f"{recipe.name}: {len(recipes)} trials, {concurrent} at a time")
+        results = _tune(spec, recipes, concurrent, parent, folder)
+    trials = [
+        _outcome(spec, number, trial, assignment, results)
+        for number, (trial, assignment) in enumerate(zip(recipes, assignments, strict=True))
+    ]
+    for trial, run in zip(trials, recipes, strict=True):
+        if trial.status != "finished":
+            tracking.close_run(run, _run_id(run.run_folder()), "KILLED" if trial.status == "stopped" else "FAILED")
+    ranked = _rank(spec, trials)
+    tracking.close_run(recipe, parent, "FINISHED" if ranked else "FAILED")
+    if not ranked:
+        raise TrainingError(f"no trial of {recipe.name} reported {spec.metric}; their folders are below {folder / 'trials'}")
+    best = ranked[0]
+    chosen = recipes[trials.index(best)].model_copy(update={"name": f"{recipe.name[:42]}-best", "checkpoint": recipe.checkpoint})
+    (folder / "best.yaml").write_text(chosen.to_yaml())
+    show(_table(spec, trials, best))
+    show(f"best recipe: {folder / 'best.yaml'}")
+    run = recipes[trials.index(best)].run_folder()
+    finished = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+    return {
+        "status": "finished",
+        "run": recipe.name,
+        "run_id": parent,
+        "steps": int(best.metrics.get("step", 0)),
+        "checkpoint": finished.get("checkpoint"),
+        "metrics": best.metrics,
+        "best": {"trial": best.name, **best.assignment},
+        "recipe": str(folder / "best.yaml"),
+        "trials": [{"trial": t.name, "status": t.status, spec.metric: t.metric, **t.assignment} for t in trials],
+    }
+
+
+def _open_parent(recipe: Recipe, folder: Path) -> str | None:
+    """The MLflow run that holds the trials, the same one when a sweep goes on."""
+    path = folder / "mlflow.json"
+    known = _run_id(folder)
+    parent = tracking.open_run(recipe, known)
+    if parent is not None and known is None:
+        write_json(path, {"run_id": parent})
+        tracking.describe(recipe, parent, {"burnish.sweep": recipe.name}, [folder / "recipe.yaml"], {})
+    return parent
+
+
+def _run_id(folder: Path) -> str | None:
+    path = folder / "mlflow.json"
+    return str(json.loads(path.read_text())["run_id"]) if path.exists() else None
+
+
+def _places(recipe: Recipe) -> int:
+    """Trials that the cluster can place at the same time, at least one."""
+    total = ray.cluster_resources()
+    gpus = total.get("GPU", 0.0)
+    if gpus and recipe.scale.use_gpu:
+        return max(1, int(gpus) // recipe.scale.num_workers)
+    return max(1, int(total.get("CPU", 1) - DATA_CPUS) // recipe.scale.num_workers)
+
+
+def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str | None, folder: Path) -> dict[int, Any]:
+    """Runs the trials; Tune's last result of each, by number."""
+
+    def run_trial(config: dict[str, Any]) -> None:
+        result = train(recipes[config["trial"]], callbacks=(TuneReportCallback(),), parent_id=parent)
+        # A trial that was finished before this sweep went on has reported nothing yet.
+        tune.report({**result.metrics, "step": result.steps})
+
+    first = recipes[0].train.eval_every_steps or 1
+    scheduler = ASHAScheduler(
+        time_attr="step", metric=spec.metric, mode=spec.mode, grace_period=first, max_t=max(1_000_000, first + 1), reduction_factor=3
+    )
+    # Tune refuses a trial without any resource; the workers of its run hold the real ones.
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"CPU": 0.01}),
+        param_space={"trial": tune.grid_search(list(range(len(recipes))))},
+        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
+        run_config=tune.RunConfig(name="tune", storage_path=str(folder / ".ray"), verbose=0),
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        grid = tuner.fit()
+    return {int(result.config["trial"]): result for result in grid if result.config}
+
+
+def _outcome(spec: SweepSpec, number: int, trial: Recipe, assignment: Assignment, results: dict[int, Any]) -> Trial:
+    result = results.get(number)
+    metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k or k == "step"} if result else {}
+    metrics = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith("config/")}
+    finished = (trial.run_folder() / "result.json").exists()
+    status = "finished" if finished else "failed" if result is None or result.error else "stopped"
+    return Trial(trial.name, assignment, status, metrics.get(spec.metric), metrics)
+
+
+def _rank(spec: SweepSpec, trials: list[Trial]) -> list[Trial]:
+    """Trials that reported the metric, best first."""
+    sign = 1.0 if spec.mode == "min" else -1.0
+    return sorted((trial for trial in trials if trial.metric is not None), key=lambda trial: sign * (trial.metric or 0.0))
+
+
+def _table(spec: SweepSpec, trials: list[Trial], best: Trial) -> str:
+    """The trials as aligned lines, the best marked."""
+    head = ["trial", *spec.space, spec.metric, "steps", "status"]
+    rows = [head]
+    for trial in trials:
+        metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
+        values = [f"{trial.assignment[path]:g}" if isinstance(trial.assignment[path], float) else str(trial.assignment[path]) for path in spec.space]
+        status = trial.status + (" (best)" if trial is best else "")
+        rows.append([trial.name, *values, metric, str(int(trial.metrics.get("step", 0))), status])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
