@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from burnish.chat import Chat
+from burnish.cli import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, RUN = Path("runs/quickstart-base"), Path("runs/quickstart")
@@ -55,6 +56,7 @@ def ask(model: Path) -> list[str]:
 
 def main() -> int:
     """Runs the demo; 1 where an answer after training is wrong."""
+    quiet()
     started = time.monotonic()
     step(1, "A small model with random weights and its own tokenizer", ["jobs/quickstart/make_model.py", str(BASE)])
     step(2, "Three questions before training")
@@ -64,7 +66,10 @@ def main() -> int:
     step(5, "The same questions after training")
     answers = ask(RUN / "export")
     right = answers == list(QUESTIONS.values())
-    print(f"\n{'All three answers are right' if right else 'An answer is wrong'} ({time.monotonic() - started:.0f} s).", flush=True)
+    print(
+        f"\n{'All three answers are right' if right else 'An answer is wrong'} ({time.monotonic() - started:.0f} s).",
+        flush=True,
+    )
     print(NEXT if right else "")
     return 0 if right else 1
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from burnish.cli import quiet
 
 HERE = Path(__file__).parent
 TEMPLATE = """{%- for message in messages -%}
@@ -78,6 +81,8 @@ def make_model(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Makes the model unless the folder is there already."""
+    quiet()
+    logging.disable_progress_bar()
     folder = Path(argv[0] if argv else "runs/quickstart-base")
     if not folder.exists():
         make_model(folder)

@@ -1,15 +1,15 @@
 """burnish: fine-tune chat models on Ray, exactly.
 
-    recipe       = load("jobs/recipes/x.yaml", ["lora.rank=16"])     config.py
-    rows         = read(window)                                      data/sources.py
-    conversation = Conversation.parse(row)                           data/conversation.py
-    samples      = render(conversation, template)                    data/template.py
-    packs        = pack(samples, capacity)                           data/packing.py
-    batches      = stream(...)                                       data/pipeline.py
-    metrics      = train_step(engine, batch)                         train/loop.py
-                   save(engine, progress)                            train/checkpoint.py
-                   tracker.log(metrics, step)                        tracking.py
-                   export(run, folder)                               export.py
+recipe       = load("jobs/recipes/x.yaml", ["lora.rank=16"])     config.py
+rows         = read(window)                                      data/sources.py
+conversation = Conversation.parse(row)                           data/conversation.py
+samples      = render(conversation, template)                    data/template.py
+packs        = pack(samples, capacity)                           data/packing.py
+batches      = stream(...)                                       data/pipeline.py
+metrics      = train_step(engine, batch)                         train/loop.py
+               save(engine, progress)                            train/checkpoint.py
+               tracker.log(metrics, step)                        tracking.py
+               export(run, folder)                               export.py
 """
 
 from burnish.config import Recipe, load

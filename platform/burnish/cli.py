@@ -17,10 +17,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code: 0 done, else that of the error, as burnish.errors lists them."""
-    # Progress bars and device notices of libraries would drown what a command says.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    quiet()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     arguments = _parser().parse_args(argv)
     try:
@@ -33,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+
+
+def quiet() -> None:
+    """Keeps the progress bars and device notices of libraries from drowning what a command says."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
     plan.add_argument("--json", action="store_true", help="one JSON object")
 
-    export = verbs.add_parser("export", help="Write a run's model to a folder.", description="Write a run's model to a folder.")
+    export = verbs.add_parser(
+        "export", help="Write a run's model to a folder.", description="Write a run's model to a folder."
+    )
     export.add_argument("run", help="run folder, for example runs/quickstart")
     export.add_argument("folder", nargs="?", help="new folder; default <run>/export")
     export.add_argument("--merge", action="store_true", help="add the adapter into the base weights")

@@ -15,7 +15,6 @@ REQUIRED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow")
 
 def examine() -> int:
     """Prints versions, processors, devices and optional tools; 0 where training can run, else 4."""
-    import psutil
     import torch
 
     console = Console(highlight=False)
@@ -27,7 +26,8 @@ def examine() -> int:
     flash = importlib.util.find_spec("flash_attn") is not None
     table.add_row("flash-attn", importlib.metadata.version("flash-attn") if flash else "not installed (optional, for GPUs)")
     table.add_row("CPUs", f"{os.cpu_count()}")
-    table.add_row("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    table.add_row("memory", f"{memory / 2**30:.1f} GiB")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none; training runs on CPUs")
     table.add_row("Ray cluster", os.environ.get("RAY_ADDRESS", "none named by RAY_ADDRESS; commands start their own"))

@@ -75,7 +75,9 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
     place = recipe.located().model.path
     if recipe.model.path == place and not Path(place).is_dir() and place.startswith("/"):
         raise RecipeError(f"model.path: the base model {place} of this run is gone; put it back to export")
-    model: Any = AutoModelForCausalLM.from_pretrained(place, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        place, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype)
+    )
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora)
     trained = load_file(weights)

@@ -125,7 +125,10 @@ def show(result: dict[str, Any]) -> None:
         ("tokens an epoch", f"{result['total_tokens']:,}, of them {result['trained_tokens']:,} trained"),
         ("steps", f"{result['steps']:,} ({result['steps_per_epoch']:,} an epoch)"),
         ("balance over workers", f"{result['balance']:.3f}"),
-        ("memory a worker", f"{sum(usage.values()) / 1e9:.2f} GB without activations" if usage else "unknown before download"),
+        (
+            "memory a worker",
+            f"{sum(usage.values()) / 1e9:.2f} GB without activations" if usage else "unknown before download",
+        ),
     ):
         table.add_row(name, value)
     Console(highlight=False).print(table)

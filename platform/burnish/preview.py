@@ -41,7 +41,9 @@ def rows(recipe: Recipe, limit: int | None = None, template: Template | None = N
     if template is None:
         check_model(recipe)
         template = load_template(recipe)
-    index = sources.index([source.model_copy(update={"weight": 1.0}) for source in recipe.data.train], recipe.data.window_rows)
+    index = sources.index(
+        [source.model_copy(update={"weight": 1.0}) for source in recipe.data.train], recipe.data.window_rows
+    )
     source_rows = ((window.row_name(at), row) for window in index.windows for at, row in sources.read(window))
     for name, row in islice(source_rows, limit):
         try:

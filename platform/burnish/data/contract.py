@@ -77,4 +77,3 @@ class Contract:
     def from_json(cls, text: str) -> "Contract":
         """The contract in the text of a contract.json; raises ValueError or TypeError where it is none."""
         return cls(**json.loads(text))
-

@@ -122,7 +122,11 @@ def _check_order(messages: tuple[Message, ...]) -> None:
             raise Refused("assistant-first", "the assistant speaks before any user message; put a user turn first", turn)
         if role == "assistant" and before == "assistant":
             raise Refused("role-order", "two assistant turns in a row; join them or put a user turn between", turn)
-        if role == "tool" and before != "tool" and not (before == "assistant" and messages[turn - 1].fields.get("tool_calls")):
+        if (
+            role == "tool"
+            and before != "tool"
+            and not (before == "assistant" and messages[turn - 1].fields.get("tool_calls"))
+        ):
             raise Refused("role-order", "a tool message must follow an assistant turn with tool_calls", turn)
         before = role
 

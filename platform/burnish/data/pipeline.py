@@ -227,5 +227,9 @@ def _table(packs: list[Pack], metas: list[str]) -> pa.Table:
         values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
         return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))
 
-    columns = [column([p.input_ids for p in packs]), column([p.labels for p in packs]), column([p.seq_lens for p in packs])]
+    columns = [
+        column([p.input_ids for p in packs]),
+        column([p.labels for p in packs]),
+        column([p.seq_lens for p in packs]),
+    ]
     return pa.Table.from_arrays([*columns, pa.array(metas, pa.string())], schema=SCHEMA)

@@ -86,7 +86,9 @@ class Template:
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
 
 def render(
@@ -146,11 +148,11 @@ def _target(
     """First and last token of one answer, stop token included; raises Refused where a step of the proof fails."""
     until = template.text(conversation.messages[: turn + 1], conversation.tools, prompt=False)
     if not until.startswith(prompt):
-        raise Refused("unreachable-turn", "the render of the turn does not start with its prompt: " + _differ(prompt, until), turn)
-    if not full.startswith(prompt):
         raise Refused(
-            "not-prefix-stable", "later turns change what stands before this one: " + _differ(prompt, full), turn
+            "unreachable-turn", "the render of the turn does not start with its prompt: " + _differ(prompt, until), turn
         )
+    if not full.startswith(prompt):
+        raise Refused("not-prefix-stable", "later turns change what stands before this one: " + _differ(prompt, full), turn)
     head = template.encode(prompt).ids
     first = len(head)
     if not np.array_equal(encoding.ids[:first], head):

@@ -67,12 +67,14 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
     if not ranked:
         raise TrainingError(f"no trial of {recipe.name} reported {spec.metric}; their folders are below {folder / 'trials'}")
     best = ranked[0]
-    chosen = recipes[trials.index(best)].model_copy(update={"name": f"{recipe.name[:42]}-best", "checkpoint": recipe.checkpoint})
+    chosen = recipes[trials.index(best)].model_copy(
+        update={"name": f"{recipe.name[:42]}-best", "checkpoint": recipe.checkpoint}
+    )
     (folder / "best.yaml").write_text(chosen.to_yaml())
     show(_table(spec, trials, best))
     show(f"best recipe: {folder / 'best.yaml'}")
-    run = recipes[trials.index(best)].run_folder()
-    finished = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+    result = recipes[trials.index(best)].run_folder() / "result.json"
+    finished = json.loads(result.read_text()) if result.exists() else {}
     return {
         "status": "finished",
         "run": recipe.name,
@@ -121,7 +123,12 @@ def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str |
 
     first = recipes[0].train.eval_every_steps or 1
     scheduler = ASHAScheduler(
-        time_attr="step", metric=spec.metric, mode=spec.mode, grace_period=first, max_t=max(1_000_000, first + 1), reduction_factor=3
+        time_attr="step",
+        metric=spec.metric,
+        mode=spec.mode,
+        grace_period=first,
+        max_t=max(1_000_000, first + 1),
+        reduction_factor=3,
     )
     # Tune refuses a trial without any resource; the workers of its run hold the real ones.
     tuner = tune.Tuner(
@@ -156,10 +163,11 @@ def _table(spec: SweepSpec, trials: list[Trial], best: Trial) -> str:
     rows = [head]
     for trial in trials:
         metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
-        values = [f"{trial.assignment[path]:g}" if isinstance(trial.assignment[path], float) else str(trial.assignment[path]) for path in spec.space]
+        values = [
+            f"{trial.assignment[path]:g}" if isinstance(trial.assignment[path], float) else str(trial.assignment[path])
+            for path in spec.space
+        ]
         status = trial.status + (" (best)" if trial is best else "")
         rows.append([trial.name, *values, metric, str(int(trial.metrics.get("step", 0))), status])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-

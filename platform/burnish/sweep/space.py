@@ -22,7 +22,9 @@ def draw(spec: SweepSpec, seed: int) -> list[Assignment]:
     size = math.prod(len(choice) if choice else spec.trials + 1 for choice in axes.values())
     rng = np.random.default_rng(seed)
     if size <= spec.trials:
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*(choice or () for choice in axes.values()))]
+        return [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*(choice or () for choice in axes.values()))
+        ]
     trials: list[Assignment] = []
     while len(trials) < spec.trials:
         trial = {path: _value(axis, rng) for path, axis in spec.space.items()}

@@ -1,6 +1,6 @@
 """What a driver and its workers agree on: an attempt at a run, and how far the run is. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from burnish.config import Recipe
@@ -15,7 +15,7 @@ class Progress:
     """How far a run is: optimizer steps done, and the next pack of the global order."""
 
     step: int = 0
-    cursor: Cursor = Cursor()
+    cursor: Cursor = field(default_factory=Cursor)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ are missing, so there is no silent path.
 """
 
 import importlib.util
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def packed_sdpa(
     """
     borders = _borders(query, kwargs).tolist()
     outputs = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         mask = None
         if sliding_window is not None and end - start > sliding_window:

@@ -26,7 +26,6 @@ from burnish.data.pipeline import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
 
-
 WEIGHTS = "weights.safetensors"
 """The file of a checkpoint with the trained weights."""
 
@@ -64,7 +63,9 @@ def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) 
             _keep(folder, keep)
         dist.barrier()
     except OSError as error:
-        raise InfrastructureError(f"{partial}: the checkpoint of step {progress.step} could not be written: {error}") from error
+        raise InfrastructureError(
+            f"{partial}: the checkpoint of step {progress.step} could not be written: {error}"
+        ) from error
 
 
 def report(metrics: dict[str, float]) -> None:

@@ -35,9 +35,9 @@ def connected(num_workers: int, dashboard: bool = False) -> Iterator[None]:
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if address:
-            ray.init(address=address, **options)  # type: ignore[arg-type]  # ray types every option of init as one
+            ray.init(address=address, **options)
         else:
-            ray.init(address="local", num_cpus=num_workers + DATA_CPUS, include_dashboard=dashboard, **options)  # type: ignore[arg-type]
+            ray.init(address="local", num_cpus=num_workers + DATA_CPUS, include_dashboard=dashboard, **options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "an embedded Ray"
         raise InfrastructureError(f"{where} could not be joined: {error}") from error

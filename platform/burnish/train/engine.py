@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,10 @@ import deepspeed
 
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
-cast(Any, deepspeed.ops).__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-Engine = deepspeed.DeepSpeedEngine
+Engine: TypeAlias = Any
+"""A `deepspeed.DeepSpeedEngine`; DeepSpeed has no type hints."""
 
 
 def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> Engine:

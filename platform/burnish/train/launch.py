@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ class Prepared:
     eval: sources.Index | None
 
 
-def train(recipe: Recipe, watch: Watch | None = None, callbacks: tuple[Any, ...] = (), parent_id: str | None = None) -> Result:
+def train(
+    recipe: Recipe, watch: Watch | None = None, callbacks: tuple[Any, ...] = (), parent_id: str | None = None
+) -> Result:
     """Trains a recipe to its end, or goes on with the run of its name. The run folder then holds all that it did.
 
     Raises RecipeError, DataError, InfrastructureError, TrainingError, or Stopped where a stop was asked for.
@@ -128,9 +131,9 @@ def _check_head(name: str, index: sources.Index, template: Template, recipe: Rec
                 first = (place, refusal)
     if first is None:
         return
-    place, refusal = first
-    turn = "" if refusal.turn is None else f", turn {refusal.turn}"
-    example = f"{place}{turn}: {refusal.code}: {refusal.message}"
+    place, shown = first
+    turn = "" if shown.turn is None else f", turn {shown.turn}"
+    example = f"{place}{turn}: {shown.code}: {shown.message}"
     if codes.total() == rows:
         raise DataError(f"{name}: none of the first {rows} rows can be trained. {example}")
     try:
@@ -150,7 +153,9 @@ def _check_same_run(prepared: Prepared, folder: Path) -> None:
         raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
     contract = Contract.from_json((folder / "contract.json").read_text())
     if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
-        raise DataError(f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. Choose a new name")
+        raise DataError(
+            f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. Choose a new name"
+        )
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -161,14 +166,16 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
     if changed:
         shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
-        raise RecipeError(f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name")
+        raise RecipeError(
+            f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name"
+        )
 
 
 def write_json(path: Path, tree: Any) -> None:
     """Replaces a JSON file in one step, so that a crash leaves the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(partial, path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(json.dumps(tree, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def _write_run_folder(prepared: Prepared, folder: Path) -> None:
@@ -180,9 +187,9 @@ def _write_run_folder(prepared: Prepared, folder: Path) -> None:
             (folder / "contract.json").write_text(prepared.contract.to_json())
             (folder / "chat_template.jinja").write_text(prepared.contract.template)
             write_json(folder / "data.json", _digests(prepared))
-            partial = folder / ".recipe.yaml.partial"
-            partial.write_text(prepared.recipe.to_yaml())
-            os.replace(partial, folder / "recipe.yaml")
+            unfinished = folder / ".recipe.yaml.partial"
+            unfinished.write_text(prepared.recipe.to_yaml())
+            os.replace(unfinished, folder / "recipe.yaml")
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
 
@@ -201,7 +208,10 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
     if run_id is not None and known is None:
         write_json(path, {"run_id": run_id})
         contract = prepared.contract
-        tags = {"template.source_sha256": contract.source_sha256, "template.behaviour_sha256": contract.behaviour_sha256}
+        tags = {
+            "template.source_sha256": contract.source_sha256,
+            "template.behaviour_sha256": contract.behaviour_sha256,
+        }
         files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
         tracking.describe(prepared.recipe, run_id, tags, files, _digests(prepared))
     return run_id
@@ -215,20 +225,24 @@ def _attempt_until_done(
     while True:
         start = checkpoint.newest(folder / "checkpoints")
         if start is not None and start.num_workers != prepared.recipe.scale.num_workers:
-            raise RecipeError(f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers; write that number")
+            raise RecipeError(
+                f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers; write that number"
+            )
         progress = start.progress if start else Progress()
         failures = failures if progress.step == reached else 0
         reached = progress.step
         try:
             with _stop_on_signal(folder) as asked:
-                _watched(lambda: _fit(prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
+                _watched(partial(_fit, prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
         except WorkerGroupError as error:
             failures += 1
             reason = decide(error)
             if reason is not None:
                 raise reason from error
             if failures > MAX_RESTARTS:
-                raise InfrastructureError(f"workers were lost {failures} times after step {reached}: {_first_line(error)}") from error
+                raise InfrastructureError(
+                    f"workers were lost {failures} times after step {reached}: {_first_line(error)}"
+                ) from error
             logger.warning("a worker was lost (%s); starting again from the newest checkpoint", _first_line(error))
             continue
         if asked.is_set():
@@ -263,7 +277,12 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _fit(
-    prepared: Prepared, folder: Path, start: checkpoint.Checkpoint | None, run_id: str | None, cuda: bool, callbacks: tuple[Any, ...]
+    prepared: Prepared,
+    folder: Path,
+    start: checkpoint.Checkpoint | None,
+    run_id: str | None,
+    cuda: bool,
+    callbacks: tuple[Any, ...],
 ) -> None:
     """One attempt: the stream from the checkpoint's cursor on, and the workers."""
     recipe = prepared.recipe
@@ -337,7 +356,9 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
     """The result of a run that reached its end, also written to result.json, which marks the run as done."""
     last = checkpoint.newest(folder / "checkpoints")
     if last is None:
-        raise InfrastructureError(f"{folder}: the run ended without a checkpoint that verifies; start it again under a new name")
+        raise InfrastructureError(
+            f"{folder}: the run ended without a checkpoint that verifies; start it again under a new name"
+        )
     metrics: dict[str, float] = {}
     for line in lines(folder / "metrics.jsonl"):
         metrics |= {key: value for key, value in line.items() if key != "step"}

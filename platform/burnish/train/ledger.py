@@ -39,7 +39,13 @@ class Ledger:
 
     def record(self, step: int, meta: StepMeta, loss: float, metrics: dict[str, float]) -> None:
         """Appends one step to all records. Raises DataError when more rows are refused than the recipe allows."""
-        entry = {"step": step, "packs": meta.packs, "tokens": meta.tokens, "trained_tokens": meta.trained_tokens, "loss": loss}
+        entry = {
+            "step": step,
+            "packs": meta.packs,
+            "tokens": meta.tokens,
+            "trained_tokens": meta.trained_tokens,
+            "loss": loss,
+        }
         self.refuse(meta.refused)
         self._append("ledger.jsonl", entry)
         self.measure(step, metrics)
@@ -97,4 +103,3 @@ def _rewrite(path: Path, entries: list[Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     os.replace(partial, path)
-

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from burnish.config import Recipe
 from burnish.data.pipeline import StepMeta
 from burnish.errors import TrainingError
 from burnish.tracking import Tracker
@@ -26,6 +25,7 @@ from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
 from burnish.train.objective import loss_sum
 from burnish.train.schedule import learning_rate
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -100,7 +100,9 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     loss_value = total / max(1, meta.trained_tokens)
     if not math.isfinite(loss_value):
         packs = ", ".join(map(str, meta.packs))
-        raise TrainingError(f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. Lower optim.learning_rate")
+        raise TrainingError(
+            f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. Lower optim.learning_rate"
+        )
     seconds = time.monotonic() - started
     capacity = len(meta.packs) * recipe.data.max_length
     metrics = {

@@ -33,7 +33,9 @@ def check_model(recipe: Recipe) -> None:
     config = _configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
-        raise RecipeError(f"model.path: {path} has layers of type {', '.join(sorted(layers))}, which cannot keep packed samples apart")
+        raise RecipeError(
+            f"model.path: {path} has layers of type {', '.join(sorted(layers))}, which cannot keep packed samples apart"
+        )
     if getattr(config, "attn_logit_softcapping", None):
         raise RecipeError(f"model.path: {path} uses attention softcapping, which packed attention does not support")
 
@@ -86,7 +88,7 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
     targets = spec.target_modules
     lora = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft only divides by it; a float is right
+        lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
@@ -130,7 +132,9 @@ def _stop_ids(recipe: Recipe, tokenizer: Any) -> frozenset[int]:
         ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in recipe.template.stop_tokens}
         for token, found in ids.items():
             if len(found) != 1:
-                raise DataError(f"template.stop_tokens: {token!r} is {len(found)} tokens in this vocabulary; name a token that is one")
+                raise DataError(
+                    f"template.stop_tokens: {token!r} is {len(found)} tokens in this vocabulary; name a token that is one"
+                )
         return frozenset(found[0] for found in ids.values())
     try:
         generation: Any = GenerationConfig.from_pretrained(_place(recipe), revision=recipe.model.revision)
@@ -144,5 +148,3 @@ def _stop_ids(recipe: Recipe, tokenizer: Any) -> frozenset[int]:
 def _line(error: BaseException) -> str:
     """The first 300 characters of an error's text on one line."""
     return " ".join(str(error).split())[:300]
-
-

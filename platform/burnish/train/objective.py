@@ -11,7 +11,11 @@ from burnish.data.packing import IGNORE_INDEX, position_ids
 
 
 def loss_sum(
-    model: torch.nn.Module, input_ids: NDArray[np.int32], labels: NDArray[np.int32], seq_lens: NDArray[np.int32], device: torch.device
+    model: torch.nn.Module,
+    input_ids: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    seq_lens: NDArray[np.int32],
+    device: torch.device,
 ) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(token | tokens before it in its own sample); a scalar in float32.
 
@@ -27,8 +31,7 @@ def loss_sum(
     kept = torch.from_numpy(predictors).to(device)
     output: Any = model(input_ids=_row(input_ids, device), logits_to_keep=kept, **packed_inputs(seq_lens, device))
     wanted = torch.from_numpy(targets[predictors].astype(np.int64)).to(device)
-    loss = F.cross_entropy(output.logits[0].float(), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss
+    return F.cross_entropy(output.logits[0].float(), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def packed_inputs(seq_lens: NDArray[np.int32], device: torch.device) -> dict[str, Any]:

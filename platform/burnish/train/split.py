@@ -6,7 +6,7 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 
-class OrderedSplit(DataConfig):
+class OrderedSplit(DataConfig):  # type: ignore[misc]  # Ray is read as untyped
     """Gives worker w every `world_size`-th block of each data set, in order, with none dropped."""
 
     def __init__(self) -> None:
