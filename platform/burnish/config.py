@@ -4,8 +4,6 @@ Precedence: defaults < YAML < ``section.field=value`` on the command line. Every
 and closed: an unknown key is refused with the nearest name that exists.
 """
 
-import difflib
-import math
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
+from burnish.complaint import complaint, nearest
 from burnish.errors import RecipeError
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,46}$")]
@@ -323,14 +321,8 @@ def parse(tree: dict[str, Any], where: str) -> Recipe:
         details = error.errors()
         # pydantic reports a list as too short when one of its items failed; only the item's own error helps.
         inner = [d for d in details if not any(d is not e and e["loc"][: len(d["loc"])] == d["loc"] for e in details)]
-        lines = [f"{where}: {_complaint(detail)}" for detail in inner or details]
+        lines = [f"{where}: {complaint(Recipe, detail)}" for detail in inner or details]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest of names, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def differences(ours: Recipe, theirs: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -362,37 +354,4 @@ def _section(annotation: Any) -> type[Spec] | None:
     for part in (annotation, *typing.get_args(annotation)):
         if isinstance(part, type) and issubclass(part, Spec):
             return None if typing.get_origin(annotation) in (tuple, dict) else part
-    return None
-
-
-def _complaint(detail: ErrorDetails) -> str:
-    """One line for one of pydantic's errors: the key, the message, what was found, the nearest name."""
-    place = [str(part) for part in detail["loc"]]
-    found = detail["input"]
-    shown = "" if isinstance(found, dict | Recipe) else f" (found {found!r:.60})"
-    if isinstance(found, float) and math.isnan(found):
-        shown = " (found NaN)"
-    if detail["type"] == "extra_forbidden":
-        spec: type[Spec] | None = Recipe
-        for part in place[:-1]:
-            field = spec.model_fields.get(part) if spec else None
-            spec = _inner(field.annotation) if field else spec
-        names = list(spec.model_fields) if spec else []
-        return f"{'.'.join(place)}: no such key{shown}{nearest(place[-1], names)}"
-    if detail["type"] == "missing":
-        return f"{'.'.join(place)}: is required and missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    if place == ["name"]:
-        message = "must be lower-case letters, digits and dashes, start with a letter, and have at most 47 characters"
-    return f"{'.'.join(place)}: {message}{shown}" if place else message
-
-
-def _inner(annotation: Any) -> type[Spec] | None:
-    """The spec inside an annotation, also inside tuples and dicts of specs."""
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return annotation
-    for part in typing.get_args(annotation):
-        found = _inner(part)
-        if found is not None:
-            return found
     return None

@@ -16,7 +16,7 @@ from burnish.config import Recipe
 from burnish.data import pipeline
 from burnish.data.pipeline import Cursor, StepMeta
 from burnish.train.cluster import connected
-from burnish.train.launch import prepare
+from burnish.train.prepare import prepare
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -18,7 +18,8 @@ from burnish.config import Recipe, SweepSpec
 from burnish.errors import RecipeError, TrainingError
 from burnish.sweep.space import Assignment, draw, trial_recipe
 from burnish.train.cluster import DATA_CPUS, connected
-from burnish.train.launch import check_same_recipe, prepare, train, write_json
+from burnish.train.launch import train
+from burnish.train.prepare import check_same_recipe, prepare, write_json
 
 
 @dataclass(frozen=True)

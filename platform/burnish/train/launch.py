@@ -2,18 +2,15 @@
 
 import json
 import logging
-import os
 import signal
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +20,20 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
-from burnish.config import Recipe, differences, load
-from burnish.data import pipeline, sources
-from burnish.data.contract import Contract
-from burnish.data.conversation import Refused
-from burnish.data.template import Template
+from burnish.config import Recipe
+from burnish.data import pipeline
 from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected
-from burnish.train.ledger import check_refused, lines
-from burnish.train.model import check_model, load_template
+from burnish.train.ledger import lines
+from burnish.train.prepare import Prepared, check_same_run, digests, prepare, write_json, write_run_folder
 from burnish.train.split import OrderedSplit
 
 logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Times that a run is started again after a worker or a node was lost, without progress in between."""
-HEAD_ROWS = 512
-"""Rows of each run that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep")
-"""Recipe paths that may differ when a run of the same name goes on; every other one changes what is trained."""
-
 Watch = Callable[[Path, dict[str, Any]], None]
 """Called about once a second with the run folder and facts of the run, to show how far it is."""
 
@@ -65,17 +54,6 @@ class Result:
         return json.dumps(asdict(self))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that could be checked before a worker starts, checked."""
-
-    recipe: Recipe
-    template: Template
-    contract: Contract
-    train: sources.Index
-    eval: sources.Index | None
-
-
 def train(
     recipe: Recipe, watch: Watch | None = None, callbacks: tuple[Any, ...] = (), parent_id: str | None = None
 ) -> Result:
@@ -86,12 +64,12 @@ def train(
     prepared = prepare(recipe)
     folder = recipe.run_folder()
     finished = _finished(folder)
-    _check_same_run(prepared, folder)
+    check_same_run(prepared, folder)
     if finished is not None:
         return finished
     with connected(recipe.scale.num_workers):
         cuda = check_resources(recipe)
-        _write_run_folder(prepared, folder)
+        write_run_folder(prepared, folder)
         run_id = _open_tracking(prepared, folder, parent_id)
         try:
             _attempt_until_done(prepared, folder, run_id, cuda, watch, callbacks)
@@ -100,104 +78,6 @@ def train(
             raise
     tracking.close_run(recipe, run_id, "FINISHED")
     return _finish(recipe, folder, run_id)
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing."""
-    check_model(recipe)
-    template = load_template(recipe)
-    train_index = sources.index(recipe.data.train, recipe.data.window_rows)
-    eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
-    for name, index in (("data.train", train_index), ("data.eval", eval_index)):
-        if index is not None:
-            _check_head(name, index, template, recipe)
-    return Prepared(recipe, template, Contract.of(template), train_index, eval_index)
-
-
-def _check_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> None:
-    """Renders the first rows of an index; raises DataError where none can be trained or too many are refused."""
-    codes: Counter[str] = Counter()
-    first: tuple[str, Refused] | None = None
-    rows = 0
-    heads = ((window, position, row) for window in index.windows for position, row in sources.read(window))
-    for window, position, row in islice(heads, HEAD_ROWS):
-        rows += 1
-        place = window.row_name(position)
-        try:
-            pipeline.render_row(row, place, template, recipe)
-        except Refused as refusal:
-            codes[refusal.code] += 1
-            if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
-                first = (place, refusal)
-    if first is None:
-        return
-    place, shown = first
-    turn = "" if shown.turn is None else f", turn {shown.turn}"
-    example = f"{place}{turn}: {shown.code}: {shown.message}"
-    if codes.total() == rows:
-        raise DataError(f"{name}: none of the first {rows} rows can be trained. {example}")
-    try:
-        check_refused(codes, recipe.data.max_refused * rows, "`burnish preview`")
-    except DataError as error:
-        raise DataError(f"{name}: of the first {rows} rows, {error}. {example}") from None
-
-
-def _check_same_run(prepared: Prepared, folder: Path) -> None:
-    """Raises RecipeError or DataError where a run of this name was started with another recipe, data or template."""
-    recipe = prepared.recipe
-    if not (folder / "recipe.yaml").exists():
-        return
-    check_same_recipe(recipe, folder)
-    was = json.loads((folder / "data.json").read_text())
-    if was != _digests(prepared):
-        raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
-    contract = Contract.from_json((folder / "contract.json").read_text())
-    if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
-        raise DataError(
-            f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. Choose a new name"
-        )
-
-
-def check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Raises RecipeError, with the differences, where the folder was started with a recipe that trains otherwise."""
-    if not (folder / "recipe.yaml").exists():
-        return
-    changed = differences(load(folder / "recipe.yaml"), recipe)
-    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
-    if changed:
-        shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
-        raise RecipeError(
-            f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name"
-        )
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Replaces a JSON file in one step, so that a crash leaves the old or the new one."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(unfinished, path)
-
-
-def _write_run_folder(prepared: Prepared, folder: Path) -> None:
-    """The run folder with what the run was started from; recipe.yaml last, since it says that the rest stands."""
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / STOP_FILE).unlink(missing_ok=True)
-        if not (folder / "recipe.yaml").exists():
-            (folder / "contract.json").write_text(prepared.contract.to_json())
-            (folder / "chat_template.jinja").write_text(prepared.contract.template)
-            write_json(folder / "data.json", _digests(prepared))
-            unfinished = folder / ".recipe.yaml.partial"
-            unfinished.write_text(prepared.recipe.to_yaml())
-            os.replace(unfinished, folder / "recipe.yaml")
-    except OSError as error:
-        raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
-
-
-def _digests(prepared: Prepared) -> dict[str, str]:
-    """The sha256 of the source files, by what they are for."""
-    held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
-    return {"train": prepared.train.digest, **held_out}
 
 
 def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> str | None:
@@ -213,7 +93,7 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
             "template.behaviour_sha256": contract.behaviour_sha256,
         }
         files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
-        tracking.describe(prepared.recipe, run_id, tags, files, _digests(prepared))
+        tracking.describe(prepared.recipe, run_id, tags, files, digests(prepared))
     return run_id
 
 
@@ -226,7 +106,7 @@ def _attempt_until_done(
         start = checkpoint.newest(folder / "checkpoints")
         if start is not None and start.num_workers != prepared.recipe.scale.num_workers:
             raise RecipeError(
-                f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers; write that number"
+                f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers; write that"
             )
         progress = start.progress if start else Progress()
         failures = failures if progress.step == reached else 0

@@ -101,7 +101,8 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     if not math.isfinite(loss_value):
         packs = ", ".join(map(str, meta.packs))
         raise TrainingError(
-            f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. Lower optim.learning_rate"
+            f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. "
+            "Lower optim.learning_rate"
         )
     seconds = time.monotonic() - started
     capacity = len(meta.packs) * recipe.data.max_length

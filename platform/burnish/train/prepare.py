@@ -1,0 +1,134 @@
+"""Everything that can be checked before a worker starts, and the run folder that says what a run was started from."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from burnish.config import Recipe, differences, load
+from burnish.data import pipeline, sources
+from burnish.data.contract import Contract
+from burnish.data.conversation import Refused
+from burnish.data.template import Template
+from burnish.errors import DataError, InfrastructureError, RecipeError
+from burnish.train.attempt import STOP_FILE
+from burnish.train.ledger import check_refused
+from burnish.train.model import check_model, load_template
+
+HEAD_ROWS = 512
+"""Rows of each run that are rendered before a worker starts, so that a wrong template or format fails at once."""
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep")
+"""Recipe paths that may differ when a run of the same name goes on; every other one changes what is trained."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that could be checked before a worker starts, checked."""
+
+    recipe: Recipe
+    template: Template
+    contract: Contract
+    train: sources.Index
+    eval: sources.Index | None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing."""
+    check_model(recipe)
+    template = load_template(recipe)
+    train_index = sources.index(recipe.data.train, recipe.data.window_rows)
+    eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
+    for name, index in (("data.train", train_index), ("data.eval", eval_index)):
+        if index is not None:
+            _check_head(name, index, template, recipe)
+    return Prepared(recipe, template, Contract.of(template), train_index, eval_index)
+
+
+def _check_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> None:
+    """Renders the first rows of an index; raises DataError where none can be trained or too many are refused."""
+    codes: Counter[str] = Counter()
+    first: tuple[str, Refused] | None = None
+    rows = 0
+    heads = ((window, position, row) for window in index.windows for position, row in sources.read(window))
+    for window, position, row in islice(heads, HEAD_ROWS):
+        rows += 1
+        place = window.row_name(position)
+        try:
+            pipeline.render_row(row, place, template, recipe)
+        except Refused as refusal:
+            codes[refusal.code] += 1
+            if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
+                first = (place, refusal)
+    if first is None:
+        return
+    place, shown = first
+    turn = "" if shown.turn is None else f", turn {shown.turn}"
+    example = f"{place}{turn}: {shown.code}: {shown.message}"
+    if codes.total() == rows:
+        raise DataError(f"{name}: none of the first {rows} rows can be trained. {example}")
+    try:
+        check_refused(codes, recipe.data.max_refused * rows, "`burnish preview`")
+    except DataError as error:
+        raise DataError(f"{name}: of the first {rows} rows, {error}. {example}") from None
+
+
+def check_same_run(prepared: Prepared, folder: Path) -> None:
+    """Raises RecipeError or DataError where a run of this name was started with another recipe, data or template."""
+    recipe = prepared.recipe
+    if not (folder / "recipe.yaml").exists():
+        return
+    check_same_recipe(recipe, folder)
+    was = json.loads((folder / "data.json").read_text())
+    if was != digests(prepared):
+        raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
+    contract = Contract.from_json((folder / "contract.json").read_text())
+    if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
+        raise DataError(
+            f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. "
+            "Choose a new name"
+        )
+
+
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError, with the differences, where the folder was started with a recipe that trains otherwise."""
+    if not (folder / "recipe.yaml").exists():
+        return
+    changed = differences(load(folder / "recipe.yaml"), recipe)
+    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
+    if changed:
+        shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
+        raise RecipeError(
+            f"name: the run {recipe.name!r} in {folder} was started with another recipe ({shown}). Choose a new name"
+        )
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replaces a JSON file in one step, so that a crash leaves the old or the new one."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(json.dumps(tree, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def write_run_folder(prepared: Prepared, folder: Path) -> None:
+    """The run folder with what the run was started from; recipe.yaml last, since it says that the rest stands."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        if not (folder / "recipe.yaml").exists():
+            (folder / "contract.json").write_text(prepared.contract.to_json())
+            (folder / "chat_template.jinja").write_text(prepared.contract.template)
+            write_json(folder / "data.json", digests(prepared))
+            unfinished = folder / ".recipe.yaml.partial"
+            unfinished.write_text(prepared.recipe.to_yaml())
+            os.replace(unfinished, folder / "recipe.yaml")
+    except OSError as error:
+        raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
+
+
+def digests(prepared: Prepared) -> dict[str, str]:
+    """The sha256 of the source files, by what they are for."""
+    held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
+    return {"train": prepared.train.digest, **held_out}
