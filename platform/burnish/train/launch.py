@@ -1,5 +1,6 @@
 """A training run from its recipe to its result: check, open, attempt until it is done."""
 
+import fcntl
 import json
 import logging
 import signal
@@ -27,7 +28,15 @@ from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected
 from burnish.train.ledger import lines
-from burnish.train.prepare import Prepared, check_same_run, digests, prepare, write_json, write_run_folder
+from burnish.train.prepare import (
+    Prepared,
+    check_same_run,
+    digests,
+    make_run_folder,
+    prepare,
+    write_json,
+    write_run_folder,
+)
 from burnish.train.split import OrderedSplit
 
 logger = logging.getLogger(__name__)
@@ -63,10 +72,17 @@ def train(
     """
     prepared = prepare(recipe)
     folder = recipe.run_folder()
-    finished = _finished(folder)
-    check_same_run(prepared, folder)
-    if finished is not None:
-        return finished
+    make_run_folder(folder)
+    with _alone(folder):
+        check_same_run(prepared, folder)
+        return _finished(folder) or _train(prepared, folder, watch, callbacks, parent_id)
+
+
+def _train(
+    prepared: Prepared, folder: Path, watch: Watch | None, callbacks: tuple[Any, ...], parent_id: str | None
+) -> Result:
+    """Trains what is not finished yet, on the cluster or an embedded Ray."""
+    recipe = prepared.recipe
     with connected(recipe.scale.num_workers):
         cuda = check_resources(recipe)
         write_run_folder(prepared, folder)
@@ -78,6 +94,17 @@ def train(
             raise
     tracking.close_run(recipe, run_id, "FINISHED")
     return _finish(recipe, folder, run_id)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this process; raises RecipeError where another process trains this run."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"name: another command is training the run in {folder}; wait for it or stop it") from None
+        yield
 
 
 def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> str | None:

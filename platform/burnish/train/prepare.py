@@ -1,5 +1,6 @@
 """Everything that can be checked before a worker starts, and the run folder that says what a run was started from."""
 
+import errno
 import json
 import os
 from collections import Counter
@@ -78,7 +79,7 @@ def _check_head(name: str, index: sources.Index, template: Template, recipe: Rec
 def check_same_run(prepared: Prepared, folder: Path) -> None:
     """Raises RecipeError or DataError where a run of this name was started with another recipe, data or template."""
     recipe = prepared.recipe
-    if not (folder / "recipe.yaml").exists():
+    if not _has_trained(folder):
         return
     check_same_recipe(recipe, folder)
     was = json.loads((folder / "data.json").read_text())
@@ -112,18 +113,35 @@ def write_json(path: Path, tree: Any) -> None:
     os.replace(unfinished, path)
 
 
-def write_run_folder(prepared: Prepared, folder: Path) -> None:
-    """The run folder with what the run was started from; recipe.yaml last, since it says that the rest stands."""
+def make_run_folder(folder: Path) -> None:
+    """The folder of a run; raises RecipeError where the storage cannot be written, InfrastructureError where it is full."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / STOP_FILE).unlink(missing_ok=True)
-        if not (folder / "recipe.yaml").exists():
-            (folder / "contract.json").write_text(prepared.contract.to_json())
-            (folder / "chat_template.jinja").write_text(prepared.contract.template)
-            write_json(folder / "data.json", digests(prepared))
-            unfinished = folder / ".recipe.yaml.partial"
-            unfinished.write_text(prepared.recipe.to_yaml())
-            os.replace(unfinished, folder / "recipe.yaml")
+        (folder / STOP_FILE).touch()
+        (folder / STOP_FILE).unlink()
+    except OSError as error:
+        message = f"checkpoint.storage: {folder} cannot be written: {error.strerror}; name a folder that can"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        raise (InfrastructureError(message) if full else RecipeError(message)) from None
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a run has anything to go on from; one that has not may still be changed."""
+    return (folder / "recipe.yaml").exists() and any((folder / "checkpoints").glob("step-*"))
+
+
+def write_run_folder(prepared: Prepared, folder: Path) -> None:
+    """What the run was started from, written once; recipe.yaml last, since it says that the rest stands."""
+    if _has_trained(folder):
+        return
+    try:
+        (folder / "mlflow.json").unlink(missing_ok=True)
+        (folder / "contract.json").write_text(prepared.contract.to_json())
+        (folder / "chat_template.jinja").write_text(prepared.contract.template)
+        write_json(folder / "data.json", digests(prepared))
+        unfinished = folder / ".recipe.yaml.partial"
+        unfinished.write_text(prepared.recipe.to_yaml())
+        os.replace(unfinished, folder / "recipe.yaml")
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
 
