@@ -1,0 +1,190 @@
+"""Small worlds that tests share: tokenizers, models and rows made here, and one Ray cluster of three nodes."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Set before Ray, transformers or MLflow are imported anywhere: no token authentication, no downloads, no bars.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["RAY_DEDUP_LOGS"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from burnish.config import Recipe, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHATML = (
+    "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content %}{{- '<think>' + m.reasoning_content + '</think>' }}{%- endif %}"
+    "{{- m.content }}"
+    "{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}{%- for m in messages %}"
+    "{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+QWEN3_HISTORY = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content and loop.last %}{{- '<think>' + m.reasoning_content + '</think>' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+"""A template that drops the reasoning of earlier turns, so a render is no prefix of the next."""
+
+TEXTS = [
+    "What is bronze made of? Bronze is copper with a little tin.",
+    "You are a helpful smith. Hello there, what would you like to know about iron and steel today?",
+    '{"name": "get_weather", "arguments": {"city": "Paris"}} Thank you. The answer is 42.',
+]
+
+
+def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 400 tokens with the control tokens of ChatML or Llama 3."""
+    llama = "<|start_header_id|>" in (template or "")
+    special = ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"]
+    special = special if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    names = {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>", "pad_token": "<|end|>"} if llama else {}
+    names = names or {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    extra = [token for token in special if token not in names.values()]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=extra, **names)
+    fast.chat_template = template
+    return fast
+
+
+def tiny_config(architecture: str, vocab_size: int) -> Any:
+    """The configuration of a two-layer model of 32 dimensions."""
+    import transformers
+
+    name = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "mistral": "MistralConfig", "gemma": "Gemma3TextConfig"}
+    extra: dict[str, Any] = {"mistral": {"sliding_window": 12}, "gemma": {"sliding_window": 12}}.get(architecture, {})
+    return getattr(transformers, name[architecture])(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        **extra,
+    )  # fmt: skip
+
+
+def write_model(folder: Path, architecture: str = "llama", template: str | None = CHATML) -> Path:
+    """A model folder with random weights from a fixed seed."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = make_tokenizer(template)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer)), dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """A JSONL file; a text is written as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def conversation(number: int, turns: int = 1) -> dict[str, Any]:
+    """A conversation whose length depends on its number."""
+    messages = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"Question {number} of turn {turn}" + " and more" * (number % 5)})
+        messages.append({"role": "assistant", "content": f"Answer {number} " + "is copper " * (number % 7)})
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "llama-chatml")
+
+
+@pytest.fixture
+def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe of 40 rows for the small model; keyword arguments replace keys of sections."""
+
+    def make(**sections: Any) -> Recipe:
+        train = tmp_path / "train.jsonl"
+        if not train.exists():
+            write_rows(train, [conversation(i, 1 + i % 3) for i in range(40)])
+        tree: dict[str, Any] = {
+            "name": "small",
+            "model": {"path": str(model_folder), "dtype": "float32"},
+            "lora": None,
+            "data": {"train": [{"path": str(train)}], "max_length": 256, "window_rows": 16},
+            "optim": {"learning_rate": 1e-3, "warmup_steps": 1},
+            "train": {"global_batch_size": 4},
+            "engine": {"zero_stage": 0},
+            "scale": {"num_workers": 1, "use_gpu": False},
+            "checkpoint": {"storage": str(tmp_path / "runs"), "every_steps": 2},
+            "tracking": {"uri": None},
+        }
+        for name, value in sections.items():
+            tree[name] = {**tree[name], **value} if isinstance(value, dict) and isinstance(tree.get(name), dict) else value
+        return parse(tree, "test")
+
+    return make
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray cluster of three nodes on this machine, joined by this process; addresses of its GCS and dashboard."""
+    import logging
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    dashboard, agent, grpc, client = free_ports(4)
+    # Unix sockets must have short paths, so not pytest's own folder.
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="bt-", ignore_cleanup_errors=True) as folder:
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client,
+                "dashboard_agent_listen_port": agent, "metrics_agent_port": grpc, "temp_dir": folder,
+                "object_store_memory": 200 << 20,
+            },
+        )  # fmt: skip
+        for _ in range(2):
+            ports = free_ports(2)
+            nodes.add_node(
+                num_cpus=3, dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1], object_store_memory=200 << 20
+            )
+        nodes.wait_for_nodes()
+        ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield {"gcs": nodes.address, "dashboard": f"http://127.0.0.1:{dashboard}"}
+        ray.shutdown()
+        nodes.shutdown()

@@ -1,0 +1,63 @@
+"""Rows that are conversations, and rows that are not."""
+
+import pytest
+
+from burnish.data.conversation import Conversation, Refused
+
+
+def m(role, content="x", **more):
+    return {"role": role, "content": content, **more}
+
+
+CALL = {"function": {"name": "f", "arguments": '{"a": ["b", 1]}'}}
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "turn", "words"),
+    [
+        ({}, "bad-row", None, "`messages` must be a list"),
+        ({"conversations": []}, "bad-row", None, "the row has conversations"),
+        ({"messages": []}, "bad-row", None, "`messages` must be a list"),
+        ({"messages": "hi"}, "bad-row", None, "found 'hi'"),
+        ({"messages": ["hi"]}, "bad-row", 0, "a message must be an object"),
+        ({"messages": [m("user"), m("bot")]}, "bad-row", 1, "found 'bot'"),
+        ({"messages": [m("user", 3), m("assistant")]}, "bad-row", 0, "content must be text"),
+        ({"messages": [m("user", None), m("assistant")]}, "bad-row", 0, "content must be text"),
+        ({"messages": [m("user", [{"type": "image"}]), m("assistant")]}, "bad-row", 0, "not text"),
+        ({"messages": [m("user"), m("assistant", train="no")]}, "bad-row", 1, "train must be true or false"),
+        ({"messages": [m("user"), m("assistant", tool_calls="f")]}, "bad-row", 1, "tool_calls"),
+        ({"messages": [m("user"), m("assistant")], "tools": "{"}, "bad-row", None, "not JSON"),
+        ({"messages": [m("user")]}, "no-assistant", None, "no assistant turn"),
+        ({"messages": [m("assistant"), m("user")]}, "assistant-first", 0, "before any user"),
+        ({"messages": [m("system"), m("assistant")]}, "assistant-first", 1, "before any user"),
+        ({"messages": [m("user"), m("assistant"), m("assistant")]}, "role-order", 2, "two assistant turns"),
+        ({"messages": [m("user"), m("system"), m("assistant")]}, "role-order", 1, "must stand first"),
+        ({"messages": [m("user"), m("tool"), m("assistant")]}, "role-order", 1, "must follow"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_refused(row, code, turn, words):
+    with pytest.raises(Refused) as refusal:
+        Conversation.parse(row)
+    assert (refusal.value.code, refusal.value.turn) == (code, turn)
+    assert words in refusal.value.message
+
+
+def test_parquet_nulls_and_text_parts_are_read_as_plain_messages():
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [CALL], "train": None},
+            {"role": "tool", "content": "r", "tool_calls": None},
+            {"role": "assistant", "content": "done", "tool_calls": []},
+        ],
+        "tools": None,
+    }
+    conversation = Conversation.parse(row)
+    assert [dict(message.fields) for message in conversation.messages] == [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "done"},
+    ]
+    assert conversation.assistant_turns() == [1, 3]
+    assert conversation.messages[1].texts() == ["f", "b", "1"]

@@ -1,0 +1,107 @@
+"""The shape of the package, read from its syntax trees: layers, doors, and a folder that must not shadow `platform`."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "platform" / "burnish"
+
+LAYERS = {
+    0: {"errors", "complaint", "config", "reference"},
+    1: {"data.conversation", "data.template", "data.contract", "data.packing", "data.sources", "train.schedule", "sweep.space"},
+    2: {
+        "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine",
+        "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
+    },
+    3: {"train.prepare", "train.launch", "sweep.launch", "export", "chat", "preview", "plan", "doctor", "progress"},
+    4: {"cli"},
+}  # fmt: skip
+DOORS = {
+    "deepspeed": {"train.engine"},
+    "peft": {"train.model", "chat"},
+    "mlflow": {"tracking"},
+    "ray.data": {"data.pipeline", "train.split", "train.cluster"},
+    "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split"},
+    "ray.tune": {"sweep.launch"},
+    "transformers": {"train.model", "train.attention", "export", "chat", "plan"},
+}
+"""Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
+peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""
+PURE = ("ray", "torch", "transformers", "deepspeed", "mlflow", "peft")
+
+
+def imports(source: str) -> set[str]:
+    """Every module that a source names in an import, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def complaints(module: str, source: str) -> list[str]:
+    """What a module's imports break."""
+    layer = next(level for level, names in LAYERS.items() if module in names)
+    found = []
+    for name in imports(source):
+        inner = name.removeprefix("burnish.")
+        for level, names in LAYERS.items():
+            if name.startswith("burnish.") and inner in names and level > layer:
+                found.append(f"{module} (layer {layer}) imports {inner} (layer {level})")
+        if module.startswith("data.") and inner.startswith("train."):
+            found.append(f"{module} imports {inner}: data never imports train")
+        for library, doors in DOORS.items():
+            if (name == library or name.startswith(library + ".")) and module not in doors:
+                found.append(f"{module} imports {library}, whose doors are {sorted(doors)}")
+        if layer <= 1 and name.split(".")[0] in PURE:
+            found.append(f"{module} is pure and imports {name}")
+    return found
+
+
+def modules() -> dict[str, str]:
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text() for path in paths}
+
+
+def test_every_module_keeps_its_layer_and_its_doors():
+    found = modules()
+    assert set(found) == set.union(*LAYERS.values())
+    assert [line for module, source in found.items() for line in complaints(module, source)] == []
+
+
+def test_a_planted_violation_is_caught():
+    assert complaints("data.packing", "from burnish.data.pipeline import Cursor")
+    assert complaints("data.pipeline", "from burnish.train import ledger\nimport burnish.train.ledger")
+    assert complaints("train.loop", "def f():\n    import deepspeed.comm")
+    assert complaints("data.template", "import torch")
+    assert not complaints("cli", "from burnish.train.launch import train")
+
+
+def test_the_folder_named_platform_does_not_shadow_the_standard_library(tmp_path):
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    code = "import platform; print(platform.python_version()); import ray"
+    for folder, extra in ((ROOT, {}), (tmp_path, {"PYTHONPATH": str(ROOT)})):
+        run = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_the_recipe_loads_in_under_a_second_without_torch_or_ray():
+    code = (
+        "import time; start = time.process_time(); import burnish.config, sys; "
+        "print(time.process_time() - start, [m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = out.split(" ", 1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 1.0
+
+
+def test_every_package_has_a_docstring():
+    assert all(ast.get_docstring(ast.parse(path.read_text())) for path in Path(PACKAGE).rglob("*.py"))

@@ -1,0 +1,42 @@
+"""The run's records: each step once, refusals counted, torn lines dropped."""
+
+import json
+
+import pytest
+
+from burnish.data.pipeline import Cursor, StepMeta
+from burnish.errors import DataError
+from burnish.train.ledger import Ledger, lines
+
+
+def meta(step, refused=()):
+    packs = ((0, 0, 2 * step), (0, 0, 2 * step + 1))
+    return StepMeta(packs, 10, 5, 0.0, Cursor(), tuple({"row": r, "code": c, "turn": None, "message": ""} for r, c in refused), 0)
+
+
+def test_a_line_has_exactly_the_keys_of_the_contract(tmp_path):
+    Ledger.open(tmp_path, 0, 0).record(1, meta(1), 0.5, {"train/loss": 0.5})
+    assert json.loads((tmp_path / "ledger.jsonl").read_text()) == {
+        "step": 1, "packs": [[0, 0, 2], [0, 0, 3]], "tokens": 10, "trained_tokens": 5, "loss": 0.5,
+    }  # fmt: skip
+
+
+def test_a_resumed_run_writes_each_step_once(tmp_path):
+    ledger = Ledger.open(tmp_path, 0, 9)
+    for step in (1, 2, 3):
+        ledger.record(step, meta(step, [(f"f#{step}", "no-stop")]), 0.5, {})
+    with open(tmp_path / "ledger.jsonl", "a") as file:
+        file.write('{"step": 4, "pac')
+    resumed = Ledger.open(tmp_path, 2, 9)
+    resumed.record(3, meta(3, [("f#3", "no-stop")]), 0.5, {})
+    assert [line["step"] for line in lines(tmp_path / "ledger.jsonl")] == [1, 2, 3]
+    assert [line["row"] for line in lines(tmp_path / "refused.jsonl")] == ["f#1", "f#2", "f#3"]
+
+
+def test_too_many_refused_rows_end_the_run_and_overlong_ones_do_not_count(tmp_path):
+    ledger = Ledger.open(tmp_path, 0, 1)
+    ledger.record(1, meta(1, [("f#1", "no-stop"), ("f#2", "overlong"), ("f#3", "overlong")]), 0.5, {})
+    with pytest.raises(DataError, match=r"2 rows were refused, more than the 1 .*no-stop: 1") as error:
+        ledger.record(2, meta(2, [("f#4", "bad-row")]), 0.5, {})
+    assert error.value.exit_code == 3
+    assert len(list(lines(tmp_path / "refused.jsonl"))) == 4

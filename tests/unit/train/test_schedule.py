@@ -1,0 +1,18 @@
+"""The learning rate follows the share of the run that is done."""
+
+import pytest
+
+from burnish.config import OptimSpec
+from burnish.train.schedule import learning_rate
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_it_warms_up_and_decays_to_zero(schedule, middle):
+    optim = OptimSpec(learning_rate=1.0, schedule=schedule, warmup_steps=3)
+    assert [learning_rate(optim, step, 0.0) for step in (1, 2, 3, 4, 5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(optim, 50, 0.5) == pytest.approx(middle)
+    assert learning_rate(optim, 99, 1.0) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert learning_rate(OptimSpec(learning_rate=2e-4, warmup_steps=0), 1, 0.0) == 2e-4
