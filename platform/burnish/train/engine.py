@@ -66,10 +66,18 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def grad_norm(engine: Engine) -> float:
-    """The 2-norm of the last step's gradient before clipping; 0.0 where DeepSpeed did not compute it."""
-    norm = engine.get_global_grad_norm()
-    return 0.0 if norm is None else float(norm)
+def step(engine: Engine) -> float:
+    """Ends a micro-batch; after the last of a step, updates the weights. The 2-norm of the gradient before clipping.
+
+    The norm is 0.0 inside a step. DeepSpeed does not report it for ZeRO-0 in float32, where each worker holds the
+    whole averaged gradient.
+    """
+    last = engine.is_gradient_accumulation_boundary()
+    whole = [p.grad for p in engine.module.parameters() if p.grad is not None] if last else []
+    norm = float(torch.nn.utils.get_total_norm(whole)) if whole and engine.zero_optimization_stage() == 0 else 0.0
+    engine.step()
+    reported = engine.get_global_grad_norm() if last else None
+    return norm if reported is None else float(reported)
 
 
 def save_weights(engine: Engine, file: Path, metadata: dict[str, str]) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import pipeline
-from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
+from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped, TrainingError
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected
@@ -162,18 +163,30 @@ def _attempt_until_done(
 def decide(error: WorkerGroupError) -> BurnishError | None:
     """What ends the run, or None where a worker or node was lost and another attempt may help.
 
-    An exception of our own says itself what it is. Any other exception raised by the training code would come again.
+    An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
+    collectives of the others break. Any other exception raised by the training code would come again.
     """
-    lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError)
-    failures = list(error.worker_failures.values())
+    failures = [f.cause if isinstance(f, ray.exceptions.RayTaskError) else f for f in error.worker_failures.values()]
     for failure in failures:
-        cause = failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure
-        if isinstance(cause, BurnishError):
-            return cause if cause.exit_code != InfrastructureError.exit_code else InfrastructureError(str(cause))
-    # When one worker is killed, the collectives of the others fail too: those errors say nothing.
-    if any(isinstance(failure, lost) for failure in failures) or not failures:
+        if isinstance(failure, BurnishError):
+            return failure
+        if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+            return TrainingError(f"out of memory: {_first_line(failure)}. Lower data.max_length, or raise engine.zero_stage")
+    # Where one worker was lost, whatever the others raise is its echo.
+    if any(_means_lost(failure) for failure in failures) or not failures:
         return None
     return BurnishError(f"training failed: {error}")
+
+
+def _means_lost(failure: BaseException) -> bool:
+    """Whether an exception says that another process is gone: Ray's own, or a collective that lost its peer."""
+    broken = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "timed out waiting")
+    text = str(failure).lower()
+    return (
+        type(failure).__module__.startswith("ray.")
+        or isinstance(failure, torch.distributed.DistError)
+        or (isinstance(failure, RuntimeError) and any(words in text for words in broken))
+    )
 
 
 def _work(config: dict[str, Any]) -> None:

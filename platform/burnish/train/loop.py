@@ -89,10 +89,11 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     ds.set_learning_rate(engine, rate)
     # The sum of losses and the wish to stop travel in the one collective that a step adds.
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    grad_norm = 0.0
     for input_ids, labels, seq_lens in batch.packs:
         loss = loss_sum(engine, input_ids, labels, seq_lens, engine.device)
         ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
-        engine.step()
+        grad_norm = ds.step(engine)
         shared[0] += loss.detach()
     shared[1] = float((attempt.run_folder / STOP_FILE).exists()) if dist.get_rank() == 0 else 0.0
     dist.all_reduce(shared)
@@ -109,7 +110,7 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     metrics = {
         "train/loss": loss_value,
         "train/learning_rate": rate,
-        "train/grad_norm": ds.grad_norm(engine),
+        "train/grad_norm": grad_norm,
         "train/tokens_per_second": meta.tokens / (seconds + batch.wait_seconds),
         "train/trained_tokens": float(meta.trained_tokens),
         "train/progress": meta.progress,

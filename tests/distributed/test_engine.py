@@ -1,0 +1,125 @@
+"""One step is one step: real DeepSpeed on gloo, for workers x accumulation x ZeRO stage, against one plain big batch."""
+
+import os
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch.nn import functional as F
+
+from burnish.config import Recipe
+from burnish.data.packing import Pack, Sample
+from tests.conftest import free_ports
+
+pytestmark = pytest.mark.distributed
+
+STEPS, GLOBAL_BATCH_SIZE = 3, 4
+
+
+def make_packs() -> list[list[Pack]]:
+    """Three steps of four packs with very uneven targets; the last step has an empty pack, as the end of a run has."""
+    rng = np.random.default_rng(0)
+
+    def sample() -> Sample:
+        length = int(rng.integers(5, 30))
+        trained = np.arange(length) >= rng.integers(1, length)
+        return Sample(rng.integers(0, 300, length).astype(np.int32), trained, (1,))
+
+    steps = [[Pack.of([sample() for _ in range(int(rng.integers(1, 4)))]) for _ in range(4)] for _ in range(STEPS)]
+    steps[-1][3] = Pack.of([])
+    return steps
+
+
+def plain(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
+    """Losses of each step, and the gradient of the first, of one process that never packs, shards or accumulates."""
+    from burnish.train.model import build_model
+
+    model = build_model(recipe, cuda=False)
+    model.set_attn_implementation("eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    losses, first = [], None
+    for packs in make_packs():
+        total, count = torch.zeros(()), sum(pack.trained_tokens for pack in packs)
+        for pack in packs:
+            for end, length in zip(np.cumsum(pack.seq_lens), pack.seq_lens, strict=True):
+                ids = torch.from_numpy(pack.input_ids[end - length : end].astype(np.int64))
+                labels = torch.from_numpy(pack.labels[end - length : end].astype(np.int64))
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                total = total + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
+        optimizer.zero_grad()
+        (total / count).backward()
+        first = torch.cat([p.grad.flatten() for p in parameters]) if first is None else first
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
+        optimizer.step()
+        losses.append(total.item() / count)
+    return losses, first
+
+
+@ray.remote(num_cpus=1)
+class Worker:
+    """One worker of a gang that meets at a port of its own."""
+
+    def run(self, rank: int, world: int, port: int, recipes: list[Recipe]) -> list[tuple[list[float], torch.Tensor, list[float]]]:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+        torch.distributed.init_process_group("gloo")
+        return [self.train(recipe, rank, world) for recipe in recipes]
+
+    def train(self, recipe: Recipe, rank: int, world: int) -> tuple[list[float], torch.Tensor, list[float]]:
+        from deepspeed.utils import safe_get_full_grad
+
+        from burnish.train import engine as ds
+        from burnish.train.model import build_model
+        from burnish.train.objective import loss_sum
+
+        engine = ds.build_engine(recipe, build_model(recipe, cuda=False), world)
+        losses, norms, first = [], [], None
+        share = GLOBAL_BATCH_SIZE // world
+        for packs in make_packs():
+            count, total = sum(pack.trained_tokens for pack in packs), torch.zeros(1, dtype=torch.float64)
+            for number, pack in enumerate(packs[rank * share : (rank + 1) * share]):
+                loss = loss_sum(engine, pack.input_ids, pack.labels, pack.seq_lens, engine.device)
+                ds.backward(engine, loss, count, world)
+                if number == share - 1 and first is None:
+                    trained = [p for p in engine.module.parameters() if p.requires_grad]
+                    first = torch.cat([safe_get_full_grad(p).float().flatten().clone() for p in trained])
+                norm = ds.step(engine)
+                total += loss.detach()
+            torch.distributed.all_reduce(total)
+            losses.append(total.item() / count)
+            norms.append(norm)
+        return losses, first, norms
+
+
+def test_losses_and_gradients_equal_one_big_batch(cluster, make_recipe):
+    kinds = [(None, stage) for stage in (0, 1, 2, 3)] + [({"rank": 4}, stage) for stage in (0, 3)]
+    expected = {bool(lora): plain(make_recipe(lora=lora)) for lora in (None, {"rank": 4})}
+    for world in (1, 2, 4):
+        recipes = [
+            make_recipe(lora=lora, scale={"num_workers": world}, engine={"zero_stage": stage}) for lora, stage in kinds
+        ]
+        (port,) = free_ports(1)
+        workers = [Worker.options(num_cpus=0.1).remote() for _ in range(world)]
+        results = ray.get([worker.run.remote(rank, world, port, recipes) for rank, worker in enumerate(workers)])
+        for worker in workers:
+            ray.kill(worker)
+        for (lora, stage), runs in zip(kinds, zip(*results, strict=True), strict=True):
+            right, gradient = expected[bool(lora)]
+            for losses, found, norms in runs:
+                where = f"{world} workers, accumulation {4 // world}, ZeRO-{stage}, lora {lora}"
+                assert np.allclose(losses, right, rtol=1e-5), (where, losses, right)
+                assert (found - gradient).norm() / gradient.norm() < 1e-5, where
+                assert abs(norms[0] - float(gradient.norm())) / norms[0] < 1e-4, where
+    assert len({losses[0] for losses, _ in expected.values()}) == 1, "fresh adapters change nothing"
+    assert expected[False][0][1] != expected[True][0][1]
+
+
+def test_the_comparison_would_catch_a_mean_of_means(make_recipe):
+    # What a loop does that averages each micro-batch's mean loss: wrong where targets are uneven.
+    packs = make_packs()[0]
+    counts = np.array([pack.trained_tokens for pack in packs], float)
+    weights = np.repeat(1 / (len(packs) * counts), counts.astype(int))
+    right = np.full(int(counts.sum()), 1 / counts.sum())
+    assert np.abs(weights - right).sum() > 0.1

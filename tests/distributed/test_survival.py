@@ -1,0 +1,115 @@
+"""Kills, real ones: the run goes on, and its ledger and weights are those of a run that nobody touched."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import conversation, write_model, write_rows
+
+pytestmark = pytest.mark.distributed
+
+DEADLINE_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A recipe of about 48 steps on two workers with ZeRO-3, and the ledger and weights of its uninterrupted run."""
+    folder = tmp_path_factory.mktemp("survival")
+    write_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", [conversation(i, 1 + i % 2) for i in range(48)])
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: whole
+model: {{path: {folder / "model"}, dtype: float32}}
+lora: null
+data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
+optim: {{learning_rate: 1e-3, warmup_steps: 2}}
+train: {{global_batch_size: 4, epochs: 6}}
+scale: {{num_workers: 2, use_gpu: false}}
+checkpoint: {{every_steps: 4, storage: {folder / "runs"}}}
+tracking: {{uri: null}}
+"""
+    )
+    process = start(recipe, "whole")
+    assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
+    return recipe, *outcome(recipe, "whole")
+
+
+def start(recipe: Path, name: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def outcome(recipe: Path, name: str):
+    """The ledger and the final weights of a run."""
+    run = recipe.parent / "runs" / name
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    return ledger, load_file(max((run / "checkpoints").glob("step-*")) / "weights.safetensors")
+
+
+def wait_for_step(recipe: Path, name: str, step: int, process: subprocess.Popen) -> None:
+    """Returns once the run has trained this many steps."""
+    ledger = recipe.parent / "runs" / name / "ledger.jsonl"
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (ledger.exists() and ledger.read_text().count("\n") >= step):
+        assert process.poll() is None, f"ended before step {step}: {process.stderr.read()}"
+        assert time.monotonic() < deadline, f"step {step} was never reached"
+        time.sleep(0.02)
+
+
+def assert_same(recipe: Path, name: str, ledger, weights) -> None:
+    found, trained = outcome(recipe, name)
+    assert found == ledger
+    assert set(trained) == set(weights)
+    assert all(bool((trained[key] == weights[key]).all()) for key in weights)
+
+
+def test_the_uninterrupted_run_is_a_fair_judge(world):
+    _, ledger, _ = world
+    assert [line["step"] for line in ledger] == list(range(1, len(ledger) + 1))
+    assert len(ledger) > 40
+    packs = [tuple(pack) for line in ledger for pack in line["packs"]]
+    assert len(packs) == len(set(packs))
+    assert ledger[-1]["loss"] < ledger[0]["loss"] - 0.5
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_repeated(world):
+    recipe, ledger, weights = world
+    process = start(recipe, "worker-killed")
+    wait_for_step(recipe, "worker-killed", 10, process)
+    # Only below our own process: no other run on this machine is touched.
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
+    assert json.loads(process.stdout.read().splitlines()[-1])["status"] == "finished"
+    assert_same(recipe, "worker-killed", ledger, weights)
+
+
+def test_a_stopped_and_then_a_killed_command_go_on_to_the_same_end(world):
+    recipe, ledger, weights = world
+    process = start(recipe, "twice")
+    wait_for_step(recipe, "twice", 6, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == 75
+    assert "the same command goes on from there" in process.stderr.read()
+    stopped_at = len(outcome(recipe, "twice")[0])
+    assert 6 <= stopped_at < len(ledger)
+    process = start(recipe, "twice")
+    wait_for_step(recipe, "twice", stopped_at + 6, process)
+    second = subprocess.run(process.args, capture_output=True, text=True)
+    assert (second.returncode, "another command is training" in second.stderr) == (2, True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(DEADLINE_SECONDS)
+    process = start(recipe, "twice")
+    assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
+    assert_same(recipe, "twice", ledger, weights)
