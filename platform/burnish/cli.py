@@ -19,7 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code: 0 done, else that of the error, as burnish.errors lists them."""
     quiet()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if "overrides" in arguments and not any(text.startswith("-") for text in rest):
+        arguments.overrides += rest  # argparse stops at the first option; overrides may stand after it
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         verb: Verb = arguments.verb
         return verb(arguments)

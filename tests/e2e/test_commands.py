@@ -1,0 +1,188 @@
+"""train, plan, preview, export and chat as a user types them, on four architectures and two template families."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from burnish.cli import main
+from tests.conftest import CHATML, LLAMA3, conversation, write_model, write_rows
+
+pytestmark = pytest.mark.e2e
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = main([str(each) for each in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def recipe_file(tmp_path, make_recipe):
+    def write(**sections) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(make_recipe(**sections).to_yaml())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("architecture", "template", "adapter", "workers", "stage"),
+    [
+        ("llama", LLAMA3, True, 2, 3),
+        ("qwen3", CHATML, False, 2, 2),
+        ("mistral", CHATML, True, 1, 0),
+        ("gemma", LLAMA3, False, 1, 3),
+    ],
+)
+def test_a_model_of_ones_own_is_trained_exported_and_answers(
+    cluster, capsys, tmp_path, recipe_file, architecture, template, adapter, workers, stage
+):
+    base = write_model(tmp_path / "base", architecture, template)
+    rows = [conversation(i, 1 + i % 2) for i in range(24)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(30, 36)])
+    path = recipe_file(
+        model={"path": str(base)},
+        lora={"rank": 4, "alpha": 8} if adapter else None,
+        data={"train": [{"path": str(tmp_path / "rows.parquet")}], "eval": [{"path": str(held_out)}]},
+        optim={"learning_rate": 1e-2},
+        train={"epochs": 2, "eval_every_steps": 2},
+        engine={"zero_stage": stage},
+        scale={"num_workers": workers},
+    )
+    code, out, err = run(capsys, "train", path)
+    assert code == 0, err
+    (line,) = out.splitlines()
+    result = json.loads(line)
+    folder = tmp_path / "runs" / "small"
+    assert list(result) == ["status", "run", "run_id", "steps", "checkpoint", "metrics"]
+    ledger = [json.loads(entry) for entry in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert (result["status"], result["run"], result["steps"]) == ("finished", "small", len(ledger))
+    assert result["checkpoint"] == str(folder / "checkpoints" / f"step-{len(ledger):08d}")
+    assert {"train/loss", "train/grad_norm", "eval/loss", "eval/perplexity"} <= set(result["metrics"])
+    assert ledger[-1]["loss"] < ledger[0]["loss"]
+    assert {path.name for path in (folder / "checkpoints").glob("step-*")} == {
+        f"step-{step:08d}" for step in sorted({*range(2, len(ledger) + 1, 2), len(ledger)})[-2:]
+    }
+    assert {"recipe.yaml", "contract.json", "refused.jsonl", "ledger.jsonl", "checkpoints"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+    code, again, _ = run(capsys, "train", path)
+    assert (code, json.loads(again)) == (0, result), "a finished run is not trained again"
+    check_export(capsys, folder, base, adapter)
+
+
+def check_export(capsys, folder: Path, base: Path, adapter: bool) -> None:
+    """The exports load in plain transformers (and peft), answer alike, and carry the template byte for byte."""
+    code, out, err = run(capsys, "export", folder)
+    assert code == 0, err
+    exported = Path(out.strip())
+    assert (exported / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+    contract = json.loads((exported / "contract.json").read_text())
+    assert contract == json.loads((folder / "contract.json").read_text())
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        if adapter:
+            from peft import AutoPeftModelForCausalLM
+
+            assert {path.suffix for path in exported.glob("adapter_*")} == {".json", ".safetensors"}
+            loaded = AutoPeftModelForCausalLM.from_pretrained(str(exported)).eval()
+            assert run(capsys, "export", folder, folder / "merged", "--merge")[0] == 0
+            merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+            assert (loaded(ids).logits - merged(ids).logits).abs().max() < 1e-4
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(exported).eval()
+            assert loaded.generation_config.eos_token_id == contract["stop_ids"]
+            assert run(capsys, "export", folder, folder / "merged", "--merge")[0] == 2
+        before = AutoModelForCausalLM.from_pretrained(base).eval()
+        assert (loaded(ids).logits - before(ids).logits).abs().max() > 1e-3, "training changed nothing"
+    assert AutoTokenizer.from_pretrained(exported).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    code, answer, _ = run(capsys, "chat", folder, "--max-new-tokens", 8, "--message", "Hi", "--message", "Hi")
+    first, second = answer.strip("\n").rsplit("\n", 1) if answer.count("\n") == 2 else (None, None)
+    assert code == 0 and first == second
+    assert run(capsys, "export", folder)[1].strip() == str(exported), "the same export again is left as it is"
+
+
+def test_plan_and_preview_have_the_form_of_the_contract_and_agree(cluster, capsys, tmp_path, recipe_file):
+    bad = {"messages": [{"role": "user", "content": "x"}]}
+    long = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "y"}]}
+    rows = write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(30)), bad, long])
+    path = recipe_file(data={"train": [{"path": str(rows)}], "max_refused": 0.1}, scale={"num_workers": 2})
+    code, out, _ = run(capsys, "preview", path, "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["row"] for line in lines] == [f"{rows}#{i}" for i in range(32)]
+    assert all(list(line) == ["row", "refused", "samples"] for line in lines)
+    assert [line["refused"] and line["refused"]["code"] for line in lines[29:]] == [None, "no-assistant", "overlong"]
+    assert set(lines[30]["refused"]) == {"code", "turn", "message"}
+    sample = lines[0]["samples"][0]
+    assert list(sample) == ["turns", "input_ids", "labels"] and sample["turns"] == [1]
+    assert all(label in (-100, token) for token, label in zip(sample["input_ids"], sample["labels"], strict=True))
+
+    code, out, err = run(capsys, "plan", path, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert {key: plan[key] for key in ("rows", "refused", "samples")} == {
+        "rows": 32, "refused": {"no-assistant": 1, "overlong": 1}, "samples": 30,
+    }  # fmt: skip
+    samples = [sample for line in lines for sample in line["samples"]]
+    assert plan["total_tokens"] == sum(len(sample["input_ids"]) for sample in samples)
+    assert plan["trained_tokens"] == sum(label != -100 for sample in samples for label in sample["labels"])
+    assert plan["steps_per_epoch"] == plan["steps"] == -(-plan["packs"] // 4)
+    assert plan["packing_efficiency"] == plan["total_tokens"] / (plan["packs"] * 256)
+    assert 0.5 < plan["balance"] <= 1.0
+    assert set(plan["memory"]) == {"weights", "gradients", "optimizer"}
+
+    code, out, _ = run(capsys, "preview", path, "--limit", 1)
+    assert "{+Answer 0 <|im_end|>+}" in out
+
+
+def test_dry_run_prints_the_whole_recipe_and_doctor_finds_the_stack(capsys, recipe_file):
+    code, out, _ = run(capsys, "train", recipe_file(), "--dry-run", "train.epochs=3")
+    assert code == 0 and "epochs: 3" in out and "schedule: cosine" in out
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "deepspeed" in out and "ready to train" in out
+
+
+def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothing(cluster, capsys, tmp_path, recipe_file):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    path = recipe_file(tracking={"uri": uri}, train={"epochs": 3, "max_steps": 4})
+    code, out, err = run(capsys, "train", path)
+    assert code == 0, err
+    result = json.loads(out)
+    client = MlflowClient(uri)
+    found = client.get_run(result["run_id"])
+    contract = json.loads((tmp_path / "runs/small/contract.json").read_text())
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "small")
+    assert found.data.params["optim.learning_rate"] == "0.001" and found.data.params["train.max_steps"] == "4"
+    assert found.data.tags["template.source_sha256"] == contract["source_sha256"]
+    assert {file.path for file in client.list_artifacts(result["run_id"])} == {
+        "recipe.yaml", "contract.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert len(found.inputs.dataset_inputs) == 1
+    ledger = [json.loads(line) for line in (tmp_path / "runs/small/ledger.jsonl").read_text().splitlines()]
+    losses = client.get_metric_history(result["run_id"], "train/loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(line["step"], line["loss"]) for line in ledger]
+    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/trained_tokens",
+            "data/packing_efficiency", "data/wait_share"} <= set(found.data.metrics)  # fmt: skip
+
+    path = recipe_file(name="outage", tracking={"uri": "http://127.0.0.1:9"}, train={"max_steps": 1})
+    code, out, err = run(capsys, "train", path)
+    assert code == 0, err
+    assert json.loads(out)["run_id"] is None and json.loads(out)["steps"] == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(cluster, capsys, recipe_file, tmp_path):
+    path = recipe_file(optim={"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0}, train={"epochs": 4})
+    code, out, err = run(capsys, "train", path)
+    assert (code, out) == (5, ""), err
+    assert "is nan; its packs (epoch, window, index) are (0, " in err and "learning_rate" in err

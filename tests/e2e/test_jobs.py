@@ -1,0 +1,106 @@
+"""Sweeps, and jobs/*.py under `ray job submit` on a real cluster with a dashboard."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from burnish.cli import main
+from tests.conftest import ROOT, conversation, write_rows
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(cluster, capsys, make_recipe, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 56)])
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    recipe = make_recipe(
+        lora={"rank": 2},
+        data={"eval": [{"path": str(held_out)}]},
+        train={"max_steps": 4, "eval_every_steps": 2},
+        tracking={"uri": uri},
+        sweep={"space": {"lora.rank": {"choice": [2, 4]}, "optim.learning_rate": {"choice": [1e-8, 1e-1]}}, "trials": 2,
+               "concurrent": 2},
+    )  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(recipe.to_yaml())
+    code = main(["sweep", str(path)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    result = json.loads(captured.out.splitlines()[-1])
+    assert {"status", "run", "run_id", "steps", "checkpoint", "metrics"} <= set(result)
+    reported = [trial for trial in result["trials"] if trial["eval/loss"] is not None]
+    assert len(result["trials"]) == 2 and reported
+    best = min(reported, key=lambda trial: trial["eval/loss"])
+    assert result["best"]["trial"] == best["trial"]
+    assert "(best)" in captured.err and "optim.learning_rate" in captured.err
+    chosen = yaml.safe_load((tmp_path / "runs/small/best.yaml").read_text())
+    assert chosen["optim"]["learning_rate"] == best["optim.learning_rate"] and chosen["sweep"] is None
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("burnish")
+    runs = client.search_runs([experiment.experiment_id])
+    nested = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == result["run_id"]]
+    assert len(runs) == 3 and len(nested) == 2
+    assert all(each.info.status in ("FINISHED", "KILLED") for each in runs)
+
+
+def follow(client: JobSubmissionClient, job: str, seconds: float) -> JobStatus:
+    deadline = time.monotonic() + seconds
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.5)
+    return status
+
+
+def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(cluster, make_recipe, tmp_path):
+    client = JobSubmissionClient(cluster["dashboard"])
+    env = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
+    env |= {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "burnish")]}
+    recipe = ROOT / "runs" / ".job-test.yaml"  # below the working directory, and ignored by it: named absolutely
+    recipe.parent.mkdir(exist_ok=True)
+    recipe.write_text(make_recipe(scale={"num_workers": 2}, train={"max_steps": 3}).to_yaml())
+    try:
+        jobs = {
+            verb: client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=env)
+            for verb, arguments in {
+                "train": recipe,
+                "preview": "jobs/recipes/quickstart.yaml --json --limit 1 model.path=" + str(make_recipe().model.path),
+                "sweep": f"{recipe} name=Wrong",
+            }.items()
+        }
+        assert follow(client, jobs["preview"], 120) == JobStatus.SUCCEEDED, client.get_job_logs(jobs["preview"])
+        assert json.loads(client.get_job_logs(jobs["preview"]).splitlines()[-1])["row"].endswith("conversations.jsonl#0")
+        assert follow(client, jobs["sweep"], 120) == JobStatus.FAILED
+        assert client.get_job_info(jobs["sweep"]).driver_exit_code == 2
+        assert "name: must be lower-case" in client.get_job_logs(jobs["sweep"])
+        assert follow(client, jobs["train"], 240) == JobStatus.SUCCEEDED, client.get_job_logs(jobs["train"])
+        result = json.loads(client.get_job_logs(jobs["train"]).splitlines()[-1])
+        assert (result["status"], result["steps"]) == ("finished", 3)
+        export = client.submit_job(entrypoint=f"{sys.executable} jobs/export.py {tmp_path}/runs/small", runtime_env=env)
+        assert follow(client, export, 120) == JobStatus.SUCCEEDED, client.get_job_logs(export)
+        assert (tmp_path / "runs/small/export/model.safetensors").exists()
+    finally:
+        recipe.unlink()
+
+
+def test_what_travels_with_a_job_holds_no_secrets_and_no_outputs(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    project = tmp_path / "project"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
+    for name in (".env", ".env.local", "runs/x/weights.safetensors", "mlflow.db", ".venv/bin/python"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("secret")
+    package = tmp_path / "package.zip"
+    create_package(str(project), package, include_gitignore=True)
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(package)], capture_output=True, text=True).stdout
+    assert "jobs/train.py" in names and "jobs/quickstart/conversations.jsonl" in names
+    assert not [word for word in (".env", "weights.safetensors", "mlflow.db", ".venv") if word in names]
+    assert os.path.getsize(package) < 5 << 20
