@@ -47,6 +47,7 @@ QWEN3_HISTORY = (
 TEXTS = [
     "What is bronze made of? Bronze is copper with a little tin.",
     "You are a helpful smith. Hello there, what would you like to know about iron and steel today?",
+    "one\n\n\ntwo\n\n\nthree\n\n\nfour",
     '{"name": "get_weather", "arguments": {"city": "Paris"}} Thank you. The answer is 42.',
 ]
 

@@ -93,9 +93,18 @@ def test_train_on_last_assistant_and_train_false():
 def test_an_answer_that_merges_with_its_prompt_is_encoded_as_the_server_does():
     # "\n" of the prompt and "\n\n" of the answer are one token when encoded together; the server never sees that token.
     (sample,) = render(talk((U, "Hi"), (A, "\n\nok")), CHATML_TEMPLATE, 256)
-    prompt = CHATML_TEMPLATE.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n").ids.tolist()
+    prompt_text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    prompt = CHATML_TEMPLATE.encode(prompt_text).ids.tolist()
+    whole = CHATML_TEMPLATE.encode(prompt_text + "\n\nok<|im_end|>\n").ids.tolist()
+    assert whole[: len(prompt)] != prompt, "without a merge this test shows nothing"
     assert sample.input_ids[: len(prompt)].tolist() == prompt
     assert marked(sample, CHATML_TEMPLATE) == chatml([(U, "Hi"), (A, "\n\nok")])
+
+
+def test_an_earlier_answer_that_merges_with_its_prompt_is_refused():
+    with pytest.raises(Refused) as refusal:
+        render(talk((U, "Hi"), (A, "\n\nok"), (U, "And"), (A, "fine")), CHATML_TEMPLATE, 256)
+    assert (refusal.value.code, refusal.value.turn) == ("prompt-tokens", 1)
 
 
 def test_tool_calls_and_reasoning_are_trained_and_tool_results_are_not():
