@@ -15,7 +15,7 @@ os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from burnish.config import Recipe, parse
@@ -44,6 +44,11 @@ QWEN3_HISTORY = (
 )
 """A template that drops the reasoning of earlier turns, so a render is no prefix of the next."""
 
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Llama 3 and Qwen split text before byte-pair encoding: newlines that follow each other stay together."""
+
 TEXTS = [
     "What is bronze made of? Bronze is copper with a little tin.",
     "You are a helpful smith. Hello there, what would you like to know about iron and steel today?",
@@ -58,7 +63,9 @@ def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     special = ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"]
     special = special if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)

@@ -1,7 +1,5 @@
 """What a recipe will cost, counted by the same graph that training streams from."""
 
-import json
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from burnish.config import Recipe
 from burnish.data import pipeline
 from burnish.data.pipeline import Cursor, StepMeta
 from burnish.train.cluster import connected
+from burnish.train.model import shapes
 from burnish.train.prepare import prepare
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,11 +84,11 @@ def memory(recipe: Recipe) -> dict[str, int] | None:
     AdamW keeps two float32 moments, and float32 masters where training is in 16 bits (ZeRO, arXiv 1910.02054, 3.1).
     """
     folder = Path(recipe.model.path).expanduser()
-    shapes = _shapes(folder) if folder.is_dir() else {}
-    if not shapes:
+    found = shapes(folder) if folder.is_dir() else {}
+    if not found:
         return None
-    weights = sum(int(np.prod(shape)) for shape in shapes.values())
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "lm_head" not in name]
+    weights = sum(int(np.prod(shape)) for shape in found.values())
+    matrices = [shape for name, shape in found.items() if len(shape) == 2 and "embed" not in name and "lm_head" not in name]
     adapter = recipe.lora.rank * sum(sum(shape) for shape in matrices) if recipe.lora else 0
     trained = adapter if recipe.lora else weights
     size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.scale.num_workers
@@ -99,17 +98,6 @@ def memory(recipe: Recipe) -> dict[str, int] | None:
         "gradients": trained * size // (workers if stage >= 2 else 1),
         "optimizer": trained * states // (workers if stage >= 1 else 1),
     }
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors, from the safetensors headers alone."""
-    shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def show(result: dict[str, Any]) -> None:

@@ -61,7 +61,9 @@ def plain(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
 class Worker:
     """One worker of a gang that meets at a port of its own."""
 
-    def run(self, rank: int, world: int, port: int, recipes: list[Recipe]) -> list[tuple[list[float], torch.Tensor, list[float]]]:
+    def run(
+        self, rank: int, world: int, port: int, recipes: list[Recipe]
+    ) -> list[tuple[list[float], torch.Tensor, list[float]]]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
         torch.distributed.init_process_group("gloo")

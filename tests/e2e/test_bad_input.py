@@ -43,7 +43,11 @@ def test_wrong_keys_types_and_sizes(command):
 def test_files_that_are_missing_empty_or_broken(command, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1xxxxPAR1")
-    for name, words in (("absent.jsonl", "no such file"), ("empty.jsonl", "holds no row"), ("broken.parquet", "cannot be read")):
+    for name, words in (
+        ("absent.jsonl", "no such file"),
+        ("empty.jsonl", "holds no row"),
+        ("broken.parquet", "cannot be read"),
+    ):
         code, said = command(f"data.train=[{{path: {tmp_path / name}}}]")
         assert code == 3 and words in said and name in said, said
 
@@ -92,6 +96,11 @@ def test_a_model_that_packed_attention_cannot_isolate_is_refused_by_name(command
     (folder / "config.json").write_text(json.dumps(config))
     code, said = command(f"model.path={folder}")
     assert code == 2 and "linear_attention" in said, said
+
+
+def test_a_target_module_that_the_model_does_not_have(command, make_recipe):
+    code, said = command("lora.target_modules=[q_proj, qproj]", recipe=make_recipe(lora={"rank": 4}))
+    assert code == 2 and "the model has no 'qproj'" in said and "q_proj" in said.split("some of")[1], said
 
 
 def test_a_stop_token_that_is_none(command):

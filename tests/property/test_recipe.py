@@ -29,7 +29,9 @@ def test_a_recipe_is_what_its_yaml_says(rank, rate, dropout, targets, steps):
     assert parse(override(SMALL, [f"lora.rank={rank}", f"optim.learning_rate={rate!r}"]), "t").optim.learning_rate == rate
 
 
-@given(st.sampled_from(["", "model", "lora", "data", "optim", "train", "engine", "scale", "checkpoint", "tracking"]), st.text())
+@given(
+    st.sampled_from(["", "model", "lora", "data", "optim", "train", "engine", "scale", "checkpoint", "tracking"]), st.text()
+)
 def test_an_unknown_key_is_always_refused_by_name(section, key):
     if key in KNOWN:
         return

@@ -7,7 +7,14 @@ from burnish.data.conversation import Refused
 
 
 def test_every_error_pickles_and_has_the_exit_code_of_the_contract():
-    codes = {"BurnishError": 1, "RecipeError": 2, "DataError": 3, "InfrastructureError": 4, "TrainingError": 5, "Stopped": 75}
+    codes = {
+        "BurnishError": 1,
+        "RecipeError": 2,
+        "DataError": 3,
+        "InfrastructureError": 4,
+        "TrainingError": 5,
+        "Stopped": 75,
+    }
     for name, code in codes.items():
         error = pickle.loads(pickle.dumps(getattr(errors, name)("what")))
         assert (type(error).__name__, str(error), error.exit_code) == (name, "what", code)

@@ -87,7 +87,9 @@ def test_the_folder_named_platform_does_not_shadow_the_standard_library(tmp_path
     assert not (ROOT / "platform" / "__init__.py").exists()
     code = "import platform; print(platform.python_version()); import ray"
     for folder, extra in ((ROOT, {}), (tmp_path, {"PYTHONPATH": str(ROOT)})):
-        run = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True
+        )
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip() == ".".join(map(str, sys.version_info[:3]))
 

@@ -20,12 +20,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told."""
+    """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told.
+
+    `remains` says whether packs are left to train; a run that was killed after its last step may only lack evaluation.
+    """
 
     recipe: Recipe
     run_folder: Path
     resume: Path | None
     progress: Progress
+    remains: bool
     num_rows: int
     behaviour_sha256: str
     run_id: str | None

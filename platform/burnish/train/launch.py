@@ -5,10 +5,9 @@ import json
 import logging
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -207,14 +206,21 @@ def _fit(
     """One attempt: the stream from the checkpoint's cursor on, and the workers."""
     recipe = prepared.recipe
     progress = start.progress if start else Progress()
-    attempt = Attempt(
-        recipe.located(), folder, start.path if start else None, progress, prepared.train.num_rows,
-        prepared.contract.behaviour_sha256, run_id, cuda,
-    )  # fmt: skip
     windows = list(pipeline.train_windows(recipe, prepared.train, progress.cursor))
-    if not windows:  # the run ended between its last checkpoint and its result
-        return
-    datasets = {"train": pipeline.stream(windows, prepared.template, recipe, recipe.scale.num_workers)}
+    attempt = Attempt(
+        recipe=recipe.located(),
+        run_folder=folder,
+        resume=start.path if start else None,
+        progress=progress,
+        remains=bool(windows),
+        num_rows=prepared.train.num_rows + (prepared.eval.num_rows if prepared.eval else 0),
+        behaviour_sha256=prepared.contract.behaviour_sha256,
+        run_id=run_id,
+        cuda=cuda,
+    )
+    datasets = {}
+    if windows:
+        datasets["train"] = pipeline.stream(windows, prepared.template, recipe, recipe.scale.num_workers)
     if prepared.eval is not None:
         held_out = list(pipeline.eval_windows(prepared.eval))
         datasets["eval"] = pipeline.stream(held_out, prepared.template, recipe, recipe.scale.num_workers)
@@ -237,16 +243,27 @@ def _fit(
 
 
 def _watched(work: Callable[[], None], folder: Path, prepared: Prepared, watch: Watch | None) -> None:
-    """Runs the work in a thread, so that this one can show progress and take signals."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        while not future.done():
-            if watch is not None:
-                watch(folder, {"max_steps": prepared.recipe.train.max_steps})
-            time.sleep(0.5)
+    """Runs the work in a thread, so that this one can show progress and take signals; raises what the work raises."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    # A daemon, so that a second Ctrl-C ends the command whatever the work is waiting for.
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        finished = wait([future], timeout=0.5).done
         if watch is not None:
             watch(folder, {"max_steps": prepared.recipe.train.max_steps})
-        future.result()
+        if finished:
+            future.result()
+            return
 
 
 @contextmanager

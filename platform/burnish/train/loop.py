@@ -43,7 +43,7 @@ def train_loop(config: dict[str, Any]) -> None:
     num_workers = dist.get_world_size()
     # The data tasks start while the model loads.
     with ThreadPoolExecutor(1) as pool:
-        stream = batches(ray.train.get_dataset_shard("train"))
+        stream = batches(ray.train.get_dataset_shard("train")) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
         engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
     if attempt.resume is not None:
@@ -129,6 +129,8 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
             for input_ids, labels, seq_lens in batch.packs:
                 shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
+            if records:
+                records.refuse(batch.meta)
     engine.train()
     dist.all_reduce(shared)
     total, count = shared.tolist()
@@ -187,6 +189,10 @@ class Records:
         """One trained step."""
         self._ledger.record(step, meta, metrics["train/loss"], metrics)
         self._tracker.log(metrics, step)
+
+    def refuse(self, meta: StepMeta) -> None:
+        """Rows that an evaluation could not use."""
+        self._ledger.refuse(meta.refused)
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Measurements after a step."""

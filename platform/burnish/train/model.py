@@ -1,6 +1,7 @@
 """The model of a recipe: its folder checked, its tokenizer and template, its weights with or without adapters."""
 
 import json
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def check_model(recipe: Recipe) -> None:
             raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
         if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
             raise RecipeError(f"model.path: {path} has no weights (*.safetensors); copy them there or name another folder")
+        _check_targets(recipe, path)
     config = _configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
@@ -38,6 +40,31 @@ def check_model(recipe: Recipe) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise RecipeError(f"model.path: {path} uses attention softcapping, which packed attention does not support")
+
+
+def _check_targets(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError where a target module is the name of no linear layer of the model."""
+    targets = recipe.lora.target_modules if recipe.lora else "all-linear"
+    matrices = [name.removesuffix(".weight") for name, shape in shapes(folder).items() if len(shape) == 2]
+    if isinstance(targets, str) or not matrices:
+        return
+    known = sorted({name.split(".")[-1] for name in matrices if "embed" not in name})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in matrices):
+            raise RecipeError(
+                f"lora.target_modules: the model has no {target!r}; write all-linear or some of {', '.join(known)}"
+            )
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors of a model folder by name, from the safetensors headers alone."""
+    found: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return found
 
 
 def load_template(recipe: Recipe) -> Template:

@@ -58,7 +58,9 @@ def llama3(messages, trained=lambda turn: True) -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("source", "expected"), [(CHATML_TEMPLATE, chatml), (LLAMA3_TEMPLATE, llama3)], ids=["chatml", "llama3"])
+@pytest.mark.parametrize(
+    ("source", "expected"), [(CHATML_TEMPLATE, chatml), (LLAMA3_TEMPLATE, llama3)], ids=["chatml", "llama3"]
+)
 def test_exactly_the_answers_and_their_stop_tokens_are_trained(shape, source, expected):
     messages = SHAPES[shape]
     (sample,) = render(talk(*messages), source, 256)
@@ -108,7 +110,7 @@ def test_an_earlier_answer_that_merges_with_its_prompt_is_refused():
 
 
 def test_tool_calls_and_reasoning_are_trained_and_tool_results_are_not():
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich \"x\""}}}
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": 'Zürich "x"'}}}
     row = {
         "messages": [
             {"role": U, "content": "Weather?"},

@@ -13,7 +13,9 @@ def spec(trials, **axes):
 
 def test_a_small_grid_is_tried_whole_and_a_large_one_drawn_without_repeats():
     grid = draw(spec(6, **{"lora.rank": {"choice": [4, 8]}, "lora.alpha": {"choice": [16, 32, 64]}}), 0)
-    assert len(grid) == 6 and {(t["lora.rank"], t["lora.alpha"]) for t in grid} == {(r, a) for r in (4, 8) for a in (16, 32, 64)}
+    assert len(grid) == 6 and {(t["lora.rank"], t["lora.alpha"]) for t in grid} == {
+        (r, a) for r in (4, 8) for a in (16, 32, 64)
+    }
     drawn = draw(spec(4, **{"lora.rank": {"choice": [4, 8]}, "lora.alpha": {"choice": [16, 32, 64]}}), 0)
     assert len({tuple(t.values()) for t in drawn}) == 4
 

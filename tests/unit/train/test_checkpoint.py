@@ -8,7 +8,6 @@ import pytest
 from burnish.train.checkpoint import newest, verify
 
 
-
 def write(folder, step, content=b"weights"):
 
     path = folder / f"step-{step:08d}"
