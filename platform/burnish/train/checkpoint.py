@@ -21,11 +21,13 @@ from typing import Any
 
 import ray.train
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from burnish.data.pipeline import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
 
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 WEIGHTS = "weights.safetensors"
 """The file of a checkpoint with the trained weights."""
 
@@ -52,7 +54,8 @@ def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) 
     first = dist.get_rank() == 0
     try:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            for torn in folder.glob(".step-*.partial"):
+                shutil.rmtree(torn, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
         yield partial
@@ -62,9 +65,14 @@ def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) 
             os.replace(partial, final)
             _keep(folder, keep)
         dist.barrier()
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its file writer; any other one is not the storage's.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
         raise InfrastructureError(
-            f"{partial}: the checkpoint of step {progress.step} could not be written: {error}"
+            f"the checkpoint of step {progress.step} could not be written to {folder} ({free:,.0f} MiB free): "
+            f"{' '.join(str(error).split())[:200]}. Make room; the same command goes on from the checkpoint before"
         ) from error
 
 

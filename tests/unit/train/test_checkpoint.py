@@ -5,7 +5,11 @@ import json
 
 import pytest
 
-from burnish.train.checkpoint import newest, verify
+from burnish.data.pipeline import Cursor
+from burnish.errors import InfrastructureError
+from burnish.train.attempt import Progress
+from burnish.train.checkpoint import newest, verify, writing
+from tests.conftest import free_ports
 
 
 def write(folder, step, content=b"weights"):
@@ -53,3 +57,40 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
     assert verify(path) is None
     assert newest(tmp_path).progress.step == 10
     assert (tmp_path / ".broken-step-00000020").is_dir() and not path.exists()
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_ports(1)[0]}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_checkpoint_appears_when_its_block_ends_and_the_newest_are_kept(tmp_path, alone):
+    (tmp_path / ".step-00000001.partial").mkdir()
+    for step in (2, 4, 6):
+        with writing(tmp_path, Progress(step, Cursor(1, 2, 3)), keep=2, behaviour_sha256="x") as partial:
+            (partial / "weights.safetensors").write_bytes(bytes(step))
+            assert not (tmp_path / f"step-{step:08d}").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+    assert newest(tmp_path).progress == Progress(6, Cursor(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")],
+)
+def test_a_full_disk_is_reported_as_such_and_the_checkpoint_before_stays(tmp_path, alone, error):
+    write(tmp_path, 2)
+    with (
+        pytest.raises(InfrastructureError, match=r"step 4 could not be written .* Make room") as found,
+        writing(tmp_path, Progress(4), keep=1, behaviour_sha256="x"),
+    ):
+        raise error
+    assert found.value.exit_code == 4
+    assert newest(tmp_path).progress.step == 2
+    with pytest.raises(RuntimeError, match="a worker is gone"), writing(tmp_path, Progress(4), 1, "x"):
+        raise RuntimeError("a worker is gone")
