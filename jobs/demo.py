@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from burnish.chat import Chat
 from burnish.cli import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +46,8 @@ def step(number: int, title: str, command: list[str] | None = None) -> None:
 
 def ask(model: Path) -> list[str]:
     """Asks the three questions and prints the answers."""
+    from burnish.chat import Chat  # after `quiet`, which it must be told of before its libraries load
+
     chat = Chat.open(model, max_new_tokens=24)
     answers = [chat.answer(question) for question in QUESTIONS]
     for question, answer in zip(QUESTIONS, answers, strict=True):

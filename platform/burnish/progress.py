@@ -1,5 +1,7 @@
 """A live line for a training run, read from the run folder's metrics; plain lines when nobody looks at a terminal."""
 
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,6 @@ from rich.console import Console
 from rich.status import Status
 
 from burnish.config import Recipe
-from burnish.train.ledger import lines
 
 PLAIN_SECONDS = 5.0
 """Seconds between plain lines."""
@@ -25,14 +26,12 @@ class ProgressLine:
         self._status: Status | None = None
         self._printed = time.monotonic()
         self._shown = ""
+        self._announced = False
+        self._offset = 0
+        self._newest: dict[str, float] = {}
         self._first: tuple[int, float, float] | None = None
 
     def __enter__(self) -> "ProgressLine":
-        if self._console.is_terminal:
-            self._status = self._console.status(f"{self._recipe.name}: starting")
-            self._status.start()
-        else:
-            self._print(f"{self._recipe.name}: starting {self._recipe.scale.num_workers} workers")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -42,7 +41,10 @@ class ProgressLine:
             self._print(self._shown)
 
     def __call__(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Reads the run folder and shows where the run stands."""
+        """Reads the run folder and shows where the run stands; the first call says that workers are starting."""
+        if not self._announced:
+            self._announced = True
+            self._announce()
         text = self._text(folder, facts["max_steps"])
         if text is None or text == self._shown:
             return
@@ -53,11 +55,17 @@ class ProgressLine:
             self._print(text)
             self._printed = time.monotonic()
 
+    def _announce(self) -> None:
+        starting = f"{self._recipe.name}: starting, workers: {self._recipe.scale.num_workers}"
+        if self._console.is_terminal:
+            self._status = self._console.status(starting)
+            self._status.start()
+        else:
+            self._print(starting)
+
     def _text(self, folder: Path, max_steps: int | None) -> str | None:
         """One line of the newest metrics, or None before the first step."""
-        newest: dict[str, float] = {}
-        for line in lines(folder / "metrics.jsonl"):
-            newest |= line
+        newest = self._read(folder / "metrics.jsonl")
         if "train/loss" not in newest:
             return None
         step = int(newest["step"])
@@ -79,6 +87,22 @@ class ProgressLine:
             left = (time.monotonic() - first_time) * (1 - share) / (share - first_share)
             parts.append(f"about {left:.0f} s left")
         return "  ".join(parts)
+
+    def _read(self, path: Path) -> dict[str, float]:
+        """The newest value of every metric; only what was written since the last look is read."""
+        try:
+            with open(path) as file:
+                if os.fstat(file.fileno()).st_size < self._offset:  # an attempt began and rewrote the file
+                    self._offset = 0
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return self._newest
+        complete, newline, _ = text.rpartition("\n")
+        self._offset += len((complete + newline).encode())
+        for line in complete.splitlines():
+            self._newest |= json.loads(line)
+        return self._newest
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ LAYERS = {
     0: {"errors", "complaint", "config", "reference"},
     1: {"data.conversation", "data.template", "data.contract", "data.packing", "data.sources", "train.schedule", "sweep.space"},
     2: {
-        "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine",
+        "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
     3: {"train.prepare", "train.launch", "sweep.launch", "export", "chat", "preview", "plan", "doctor", "progress"},
@@ -25,12 +25,12 @@ DOORS = {
     "peft": {"train.model", "chat"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "train.split", "train.cluster"},
-    "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split"},
+    "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
     "transformers": {"train.model", "train.attention", "export", "chat", "plan"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
-peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""
+ray.train: `split` and `failure` know its types. peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""
 PURE = ("ray", "torch", "transformers", "deepspeed", "mlflow", "peft")
 
 

@@ -14,19 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import pipeline
-from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped, TrainingError
+from burnish.errors import DataError, InfrastructureError, RecipeError, Stopped
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected
+from burnish.train.failure import decide, last_line
 from burnish.train.ledger import lines
 from burnish.train.prepare import (
     Prepared,
@@ -148,44 +146,15 @@ def _attempt_until_done(
                 raise reason from error
             if failures > MAX_RESTARTS:
                 raise InfrastructureError(
-                    f"workers were lost {failures} times after step {reached}: {_first_line(error)}"
+                    f"workers were lost {failures} times after step {reached}: {last_line(error)}"
                 ) from error
-            logger.warning("a worker was lost (%s); starting again from the newest checkpoint", _first_line(error))
+            logger.warning("a worker was lost (%s); starting again from the newest checkpoint", last_line(error))
             continue
         if asked.is_set():
             last = checkpoint.newest(folder / "checkpoints")
             step = last.progress.step if last else 0
             raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
         return
-
-
-def decide(error: WorkerGroupError) -> BurnishError | None:
-    """What ends the run, or None where a worker or node was lost and another attempt may help.
-
-    An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
-    collectives of the others break. Any other exception raised by the training code would come again.
-    """
-    failures = [f.cause if isinstance(f, ray.exceptions.RayTaskError) else f for f in error.worker_failures.values()]
-    for failure in failures:
-        if isinstance(failure, BurnishError):
-            return failure
-        if isinstance(failure, MemoryError | torch.OutOfMemoryError):
-            return TrainingError(f"out of memory: {_first_line(failure)}. Lower data.max_length, or raise engine.zero_stage")
-    # Where one worker was lost, whatever the others raise is its echo.
-    if any(_means_lost(failure) for failure in failures) or not failures:
-        return None
-    return BurnishError(f"training failed: {error}")
-
-
-def _means_lost(failure: BaseException) -> bool:
-    """Whether an exception says that another process is gone: Ray's own, or a collective that lost its peer."""
-    broken = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "timed out waiting")
-    text = str(failure).lower()
-    return (
-        type(failure).__module__.startswith("ray.")
-        or isinstance(failure, torch.distributed.DistError)
-        or (isinstance(failure, RuntimeError) and any(words in text for words in broken))
-    )
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -313,7 +282,3 @@ def _finished(folder: Path) -> Result | None:
     except (OSError, ValueError, TypeError):
         return None
     return result if Path(result.checkpoint).is_dir() else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:200]

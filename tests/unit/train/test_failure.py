@@ -6,7 +6,7 @@ import torch
 from ray.train import WorkerGroupError
 
 from burnish.errors import BurnishError, DataError, InfrastructureError, TrainingError
-from burnish.train.launch import decide
+from burnish.train.failure import decide
 
 LOST = ray.exceptions.RayActorError()
 ECHO = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10419")

@@ -1,0 +1,41 @@
+"""What an attempt's failure means: the end of the run, or another attempt. Decided here, done in `launch`."""
+
+import ray
+import torch
+from ray.train import WorkerGroupError
+
+from burnish.errors import BurnishError, TrainingError
+
+
+def decide(error: WorkerGroupError) -> BurnishError | None:
+    """What ends the run, or None where a worker or node was lost and another attempt may help.
+
+    An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
+    collectives of the others break. Any other exception raised by the training code would come again.
+    """
+    failures = [f.cause if isinstance(f, ray.exceptions.RayTaskError) else f for f in error.worker_failures.values()]
+    for failure in failures:
+        if isinstance(failure, BurnishError):
+            return failure
+        if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+            return TrainingError(f"out of memory: {last_line(failure)}. Lower data.max_length, or raise engine.zero_stage")
+    # Where one worker was lost, whatever the others raise is its echo.
+    if any(_means_lost(failure) for failure in failures) or not failures:
+        return None
+    return BurnishError(f"training failed: {error}")
+
+
+def _means_lost(failure: BaseException) -> bool:
+    """Whether an exception says that another process is gone: Ray's own, or a collective that lost its peer."""
+    broken = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "timed out waiting")
+    text = str(failure).lower()
+    return (
+        type(failure).__module__.startswith("ray.")
+        or isinstance(failure, torch.distributed.DistError)
+        or (isinstance(failure, RuntimeError) and any(words in text for words in broken))
+    )
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, where a traceback says what happened."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:200]
