@@ -169,6 +169,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     import logging
 
     import ray
+    from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
     dashboard, agent, grpc, client = free_ports(4)
@@ -190,6 +191,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
                 num_cpus=3, dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1], object_store_memory=200 << 20
             )
         nodes.wait_for_nodes()
+        # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
+        write_ray_address(nodes.address, folder)
         ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False

@@ -32,6 +32,9 @@ class ProgressLine:
         self._first: tuple[int, float, float] | None = None
 
     def __enter__(self) -> "ProgressLine":
+        if self._console.is_terminal:
+            self._status = self._console.status(f"{self._recipe.name}: checking model, template and rows")
+            self._status.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -57,9 +60,8 @@ class ProgressLine:
 
     def _announce(self) -> None:
         starting = f"{self._recipe.name}: starting, workers: {self._recipe.scale.num_workers}"
-        if self._console.is_terminal:
-            self._status = self._console.status(starting)
-            self._status.start()
+        if self._status is not None:
+            self._status.update(starting)
         else:
             self._print(starting)
 

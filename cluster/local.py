@@ -1,0 +1,102 @@
+"""A Ray cluster of several nodes on this machine, to try what needs more than one: jobs, placement, lost nodes.
+
+    python cluster/local.py --nodes 3
+
+The first node is the head and runs no tasks; the second has the label of data nodes, the others that of training
+nodes. Ctrl-C, or SIGTERM, ends every node.
+"""
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+# Ray reads these when it is imported. It listens on this machine's own address, where without a token every
+# neighbour could run code; a token of this process alone leaves no file that later clusters would find.
+if "RAY_AUTH_MODE" not in os.environ:
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# The `python` of a job is the one that has Ray.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+from ray._private.utils import write_ray_address
+from ray.cluster_utils import Cluster
+
+LOOPBACK = "127.0.0.1"
+MEMORY = 200 << 20
+"""Bytes of each node's object store, which all share this machine's memory."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now; Ray's own defaults collide where another Ray runs."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind((LOOPBACK, 0))
+    ports: list[int] = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start(nodes: int, cpus: int, dashboard: int, folder: str) -> Cluster:
+    """A cluster whose nodes have all joined; `folder` is short, because Unix sockets lie in it."""
+    agent, metrics, client = free_ports(3)
+    head = {
+        "num_cpus": 0, "object_store_memory": MEMORY, "temp_dir": folder, "include_dashboard": True,
+        "dashboard_host": LOOPBACK, "dashboard_port": dashboard,
+        "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics, "ray_client_server_port": client,
+    }  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for number in range(1, nodes):
+            agent, metrics = free_ports(2)
+            role = {"node-role": "data" if number == 1 else "train"}
+            cluster.add_node(
+                num_cpus=cpus, labels=role, object_store_memory=MEMORY, dashboard_agent_listen_port=agent,
+                metrics_agent_port=metrics,
+            )  # fmt: skip
+        cluster.wait_for_nodes()
+        # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
+        write_ray_address(cluster.address, folder)
+    except BaseException:
+        cluster.shutdown()
+        raise
+    return cluster
+
+
+def main() -> int:
+    """Starts the cluster, says how to use it, and waits for the signal that ends it."""
+    parser = argparse.ArgumentParser(description="A Ray cluster of several nodes on this machine.")
+    parser.add_argument("--nodes", type=int, default=3, help="nodes with the head; at least 2 (default 3)")
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each worker node (default 2)")
+    parser.add_argument("--dashboard-port", type=int, default=8265)
+    arguments = parser.parse_args()
+    if arguments.nodes < 2 or arguments.cpus < 1:
+        parser.error("a cluster needs 2 nodes, since the head runs no tasks, and 1 CPU on each")
+
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="burnish-", ignore_cleanup_errors=True) as folder:
+        cluster = start(arguments.nodes, arguments.cpus, arguments.dashboard_port, folder)
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: ended.set())
+            url = f"http://{LOOPBACK}:{arguments.dashboard_port}"
+            submit = "--runtime-env jobs/runtime_env.yaml -- python jobs/train.py jobs/recipes/quickstart.yaml"
+            if token := os.environ.get("RAY_AUTH_TOKEN"):
+                print(f"Token      export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token}")
+            print(f"Cluster    export RAY_ADDRESS={cluster.address}  ({arguments.nodes} nodes, head without tasks)")
+            print(f"Dashboard  {url}")
+            print(f"Submit     ray job submit --address {url} {submit}")
+            print("End        Ctrl-C", flush=True)
+            ended.wait()
+        finally:
+            cluster.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
