@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe_verb("sweep", _sweep, "Search the recipe's sweep.space with Ray Tune.")
     preview = recipe_verb("preview", _preview, "Show what is trained in each row and what is not.")
     preview.add_argument("--json", action="store_true", help="one JSON object for each row")
-    preview.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N rows")
+    preview.add_argument("--limit", type=_count, default=None, metavar="N", help="only the first N rows")
     plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
     plan.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="Show versions, devices and what is missing.")
     doctor.set_defaults(verb=_doctor)
     return parser
+
+
+def _count(text: str) -> int:
+    """A number that is not negative, for argparse."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; found {text!r}")
+    return int(text)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

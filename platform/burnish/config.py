@@ -21,7 +21,9 @@ RunName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,46}$")]
 class Spec(BaseModel):
     """One section of a recipe; frozen, closed, and documented field by field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelSpec(Spec):
@@ -69,7 +71,7 @@ class SourceSpec(Spec):
     path: str
     """JSONL (also .gz and .zst) or Parquet file whose rows have `messages`."""
     weight: float = Field(1.0, gt=0)
-    """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows."""
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows, another half in each epoch."""
 
 
 class DataSpec(Spec):
@@ -177,6 +179,8 @@ class AxisSpec(Spec):
         written = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
         if len(written) != 1:
             raise ValueError(f"write exactly one of choice, uniform, log_uniform; found {written or 'none'}")
+        if self.choice is not None and len({repr(value) for value in self.choice}) < len(self.choice):
+            raise ValueError(f"choice names a value twice: {list(self.choice)}")
         for low, high in filter(None, (self.uniform, self.log_uniform)):
             if low >= high or (self.log_uniform is not None and low <= 0):
                 raise ValueError(f"bounds must ascend, and be positive for log_uniform; found [{low}, {high}]")
@@ -267,6 +271,17 @@ class Recipe(Spec):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice, the second time near line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file with ``section.field=value`` overrides applied.
 
@@ -279,7 +294,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -16,7 +16,7 @@ from burnish.config import Recipe, load
 from burnish.data.contract import Contract
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
-from burnish.train.model import with_adapters
+from burnish.train.model import load_template, model_digest, with_adapters
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,13 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     if not (run / "recipe.yaml").exists():
         raise RecipeError(f"{run}: no run; name a run folder, for example runs/quickstart")
     recipe = load(run / "recipe.yaml")
+    if not (run / "contract.json").exists():
+        raise RecipeError(f"{run}: is no training run; of a sweep, export a trial, for example {run}/trials/trial-000")
     contract = Contract.from_json((run / "contract.json").read_text())
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise DataError(f"{run}: has no checkpoint yet; train it first")
+    _check_unchanged(recipe, contract, found, run)
     if merge and recipe.lora is None:
         raise RecipeError(f"{run}: trained every weight, so there is no adapter to merge; leave --merge out")
     origin = Origin(recipe.name, found.progress.step, contract.behaviour_sha256, merge)
@@ -63,6 +66,18 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     return folder
 
 
+def _check_unchanged(recipe: Recipe, contract: Contract, found: checkpoint.Checkpoint, run: Path) -> None:
+    """Raises RecipeError or DataError unless model, tokenizer and template still are those that were trained."""
+    place = Path(recipe.model.path)
+    if place.is_absolute() and not place.is_dir():
+        raise RecipeError(f"model.path: the base model {place} of this run is gone; put it back to export")
+    if json.loads((run / "data.json").read_text()).get("model") != model_digest(recipe):
+        raise DataError(f"{place}: the base model's files have changed since {run} was trained; put the old ones back")
+    behaviours = {contract.behaviour_sha256, found.behaviour_sha256, Contract.of(load_template(recipe)).behaviour_sha256}
+    if len(behaviours) != 1:
+        raise DataError(f"{run}: checkpoint, contract and tokenizer do not agree on the template; nothing was exported")
+
+
 def _origin(folder: Path) -> Origin | None:
     try:
         return Origin(**json.loads((folder / "export.json").read_text()))
@@ -73,8 +88,6 @@ def _origin(folder: Path) -> Origin | None:
 def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> None:
     """The base model with the trained weights put in, saved as all weights or as an adapter."""
     place = recipe.located().model.path
-    if recipe.model.path == place and not Path(place).is_dir() and place.startswith("/"):
-        raise RecipeError(f"model.path: the base model {place} of this run is gone; put it back to export")
     model: Any = AutoModelForCausalLM.from_pretrained(
         place, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype)
     )

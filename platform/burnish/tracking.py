@@ -36,7 +36,7 @@ def forgiving(what: str) -> Iterator[None]:
         each.setLevel(logging.WARNING)
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError, ValueError) as error:
         logger.warning("MLflow: %s failed, training goes on without it: %s", what, " ".join(str(error).split())[:300])
     finally:
         for each, level in zip(loggers, levels, strict=True):

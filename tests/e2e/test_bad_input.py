@@ -79,6 +79,9 @@ def test_models_that_cannot_be_trained(command, tmp_path, make_recipe):
     without = write_model(tmp_path / "without-template", template=None)
     code, said = command(f"model.path={without}")
     assert code == 3 and "has no chat template" in said and "template.path" in said, said
+    (without / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    code, said = command(f"model.path={without}")
+    assert code == 2 and "no safetensors file" in said and "git lfs" in said, said
     (without / "model.safetensors").unlink()
     code, said = command(f"model.path={without}")
     assert code == 2 and "has no weights" in said, said
@@ -132,6 +135,12 @@ def test_export_and_chat_of_what_is_not_there(capsys, tmp_path):
     assert "no run" in capsys.readouterr().err
     assert main(["chat", str(tmp_path)]) == 2
     assert "no model" in capsys.readouterr().err
+
+
+def test_a_limit_that_is_no_count(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["preview", "x.yaml", "--limit", "-1"])
+    assert stop.value.code == 2 and "must be a whole number" in capsys.readouterr().err
 
 
 def test_a_sweep_without_a_space_or_without_held_out_rows(command, make_recipe):

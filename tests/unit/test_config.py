@@ -33,6 +33,10 @@ SMALL = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a.jso
          "train.global_batch_size: 8, or a number of workers that divides 7"),
         ({"sweep": {"space": {"lora.rnk": {"choice": [1]}}}},
          "t.yaml: sweep.space: 'lora.rnk' is no field that a sweep can vary; did you mean 'lora.rank'?"),
+        ({"data": {"train": [{"path": "a", "weight": float("inf")}]}},
+         "t.yaml: data.train.0.weight: Input should be a finite number (found inf)"),
+        ({"sweep": {"space": {"lora.rank": {"choice": [8, 8]}}}},
+         "t.yaml: sweep.space.lora.rank: choice names a value twice: [8, 8]"),
         ({"sweep": {"space": {"lora.rank": {"choice": [1], "uniform": [1, 2]}}}},
          "t.yaml: sweep.space.lora.rank: write exactly one of choice, uniform, log_uniform; found ['choice', 'uniform']"),
     ],
@@ -60,7 +64,13 @@ def test_an_override_that_is_none_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "a recipe is a mapping"), ("", "a recipe is a mapping")]
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("data: {}\nname: x\ndata: {}", "the key 'data' stands twice"),
+        ("- 1", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)

@@ -58,13 +58,13 @@ class Conversation:
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> "Conversation":
         """The conversation of one row in `messages` form; raises Refused where it is none."""
-        raw = _plain(row.get("messages"))
+        raw = row.get("messages")
         if not isinstance(raw, list) or not raw:
             found = f"the row has {', '.join(sorted(row)) or 'no keys'}" if raw is None else f"found {raw!r:.60}"
             raise Refused("bad-row", f"`messages` must be a list of messages with role and content; {found}")
         messages = tuple(_message(item, turn) for turn, item in enumerate(raw))
         _check_order(messages)
-        tools = _plain(row.get("tools")) or []
+        tools = row.get("tools") or []
         if isinstance(tools, str):
             tools = _json(tools, "tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -78,6 +78,12 @@ class Conversation:
 
 def _message(item: Any, turn: int) -> Message:
     """One message, checked field by field; raises Refused that names the field."""
+    try:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused("bad-row", "the text holds half of a surrogate pair, as a cut emoji leaves it", turn) from None
+    except (TypeError, ValueError):
+        raise Refused("bad-row", f"the message is no JSON: {item!r:.60}", turn) from None
     if not isinstance(item, dict):
         raise Refused("bad-row", f"a message must be an object with role and content; found {item!r:.60}", turn)
     role = item.get("role")
@@ -100,13 +106,30 @@ def _message(item: Any, turn: int) -> Message:
             fields[key] = item[key]
     calls = item.get("tool_calls")
     if calls:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        if not isinstance(calls, list):
             raise Refused("bad-row", f"tool_calls must be a list of objects; found {calls!r:.60}", turn)
-        fields["tool_calls"] = calls
-    train = item.get("train")
-    if train not in (None, True, False):
+        fields["tool_calls"] = [_call(call, turn) for call in calls]
+    train, weight = item.get("train"), item.get("weight")
+    if train is not None and not isinstance(train, bool):
         raise Refused("bad-row", f"train must be true or false; found {train!r}", turn)
-    return Message(fields, train is not False)
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise Refused("bad-row", f"weight must be 0 or 1; found {weight!r}", turn)
+    return Message(fields, train is not False and weight != 0)
+
+
+def _call(call: Any, turn: int) -> dict[str, Any]:
+    """One tool call with its arguments as an object: servers decode the JSON text of the OpenAI shape before they render."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused("bad-row", f"a tool call must be an object with function.name; found {call!r:.60}", turn)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise Refused("bad-row", f"the arguments of a tool call are no JSON: {arguments!r:.60}", turn) from None
+    function = {**function, "arguments": {} if arguments is None else arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
@@ -131,15 +154,6 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         before = role
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON types without the None-valued keys that Parquet adds to every struct."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _json(text: str, key: str) -> Any:
     try:
         return json.loads(text)
@@ -148,13 +162,9 @@ def _json(text: str, key: str) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string inside the arguments of a tool call; JSON text is read first."""
+    """Every string and number inside the arguments of a tool call."""
     if isinstance(value, str):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            return [value]
-        return [inner] if isinstance(inner, str) else _strings(inner)
+        return [value]
     if isinstance(value, Mapping):
         return [text for item in value.values() for text in _strings(item)]
     if isinstance(value, list | tuple):

@@ -21,7 +21,6 @@ from burnish.data import sources
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.packing import Pack, Sample, pack
 from burnish.data.template import Template, render
-from burnish.errors import DataError
 
 SCHEMA = pa.schema(
     [
@@ -93,18 +92,15 @@ def render_window(window: sources.Window, epoch: int, template: Template, recipe
     samples: list[Sample] = []
     refused: list[dict[str, Any]] = []
     rows = 0
-    try:
-        for index, row in sources.read(window):
-            if rng.random() >= window.keep:
-                continue
-            rows += 1
-            name = window.row_name(index)
-            try:
-                samples += render_row(row, name, template, recipe)
-            except Refused as refusal:
-                refused.append({"row": name, **refusal.to_json()})
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{window.name}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    for index, row in sources.read(window):
+        if rng.random() >= window.keep:
+            continue
+        rows += 1
+        name = window.row_name(index)
+        try:
+            samples += render_row(row, name, template, recipe)
+        except Refused as refusal:
+            refused.append({"row": name, **refusal.to_json()})
     return WindowResult(tuple(samples), tuple(refused), rows)
 
 

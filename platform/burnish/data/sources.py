@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 
 from burnish.config import SourceSpec
 from burnish.errors import DataError
+
+_UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,17 @@ def epoch_order(windows: int, seed: int, epoch: int) -> list[int]:
 
 
 def read(window: Window) -> Iterator[tuple[int, Any]]:
-    """The rows of a window with their positions in the file; a broken JSON line comes as the text itself."""
-    if _kind(Path(window.path)) == "parquet":
-        yield from _read_parquet(window)
-    else:
-        yield from _read_jsonl(window)
+    """The rows of a window with their positions in the file; a broken JSON line comes as the text itself.
+
+    Raises DataError where the file cannot be read.
+    """
+    try:
+        if _kind(Path(window.path)) == "parquet":
+            yield from _read_parquet(window)
+        else:
+            yield from _read_jsonl(window)
+    except _UNREADABLE as error:
+        raise DataError(f"{window.name}: cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _kind(path: Path) -> str:
@@ -138,7 +147,7 @@ def _scan(path: Path, window_rows: int) -> tuple[list[tuple[int, int]], int, str
                     num_rows += 1
                 offset += len(line)
         return starts, num_rows, digest.hexdigest()
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -155,7 +164,7 @@ def _read_jsonl(window: Window) -> Iterator[tuple[int, Any]]:
             if row >= window.first_row:
                 try:
                     yield row, json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield row, line.decode("utf-8", errors="replace")
             row += 1
 
@@ -170,5 +179,14 @@ def _read_parquet(window: Window) -> Iterator[tuple[int, Any]]:
         start = ends[group] - sizes[group]
         rows = file.read_row_group(group).slice(row - start, stop - row)
         for item in rows.to_pylist():
-            yield row, item
+            yield row, _without_nulls(item)
             row += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the None-valued keys with which Parquet fills every struct up to its schema."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     is_fast: bool
     bos_token_id: int | None
     all_special_tokens: list[str]
+    added_tokens_decoder: dict[int, Any]
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
         """The rendered text of a conversation."""
@@ -59,6 +60,11 @@ class Template:
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise DataError("the tokenizer has no fast version (tokenizer.json), so masks cannot be proved; convert it")
+        if "strftime_now" in self.source and "date_string" not in self.kwargs:
+            raise DataError(
+                "the chat template reads the clock (strftime_now), so a run would train other text after midnight; "
+                "write a fixed date, for example template.kwargs: {date_string: '01 Jan 2026'}"
+            )
         if not self.stop_ids:
             raise DataError("no stop token is known; write template.stop_tokens, for example ['<|im_end|>']")
 
@@ -174,9 +180,12 @@ def _target(
 
 def _refuse_control_tokens(conversation: Conversation, template: Template) -> None:
     """Raises Refused where a message holds the text of a special token, which would end or forge a turn."""
-    control = {*template.tokenizer.all_special_tokens, *(template.decode([i]) for i in template.stop_ids)}
+    # A tokenizer may list only BOS, EOS and padding as its own special tokens; the vocabulary marks all of them.
+    added = (str(token.content) for token in template.tokenizer.added_tokens_decoder.values() if token.special)
+    stops = (template.decode([i]) for i in template.stop_ids)
+    control = {*template.tokenizer.all_special_tokens, *added, *stops}
     for turn, message in enumerate(conversation.messages):
-        for text in message.texts():
+        for text in [*message.texts(), str(message.fields.get("name", ""))]:
             for token in control:
                 if token and token in text:
                     raise Refused("control-token-in-content", f"the text holds the control token {token!r}", turn)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,9 +154,12 @@ def _outcome(spec: SweepSpec, number: int, trial: Recipe, assignment: Assignment
 
 
 def _rank(spec: SweepSpec, trials: list[Trial]) -> list[Trial]:
-    """Trials that reported the metric, best first."""
+    """Trials that did not fail and reported a finite metric, best first."""
     sign = 1.0 if spec.mode == "min" else -1.0
-    return sorted((trial for trial in trials if trial.metric is not None), key=lambda trial: sign * (trial.metric or 0.0))
+    ranked = [
+        trial for trial in trials if trial.status != "failed" and trial.metric is not None and math.isfinite(trial.metric)
+    ]
+    return sorted(ranked, key=lambda trial: sign * (trial.metric or 0.0))
 
 
 def _table(spec: SweepSpec, trials: list[Trial], best: Trial) -> str:

@@ -21,18 +21,21 @@ FLASH = "burnish_packed_flash"
 """Name of the kernel that runs flash-attn's variable-length function; bfloat16 or float16 on CUDA."""
 
 
-def register(choice: str, cuda: bool) -> str:
+def register(choice: str, cuda: bool, half: bool = True) -> str:
     """Registers the kernels and gives the name of the one to load a model with, for `model.attention`.
+
+    `half` says whether the weights have 16 bits, which flash-attn needs.
 
     Raises RecipeError where flash is asked for and cannot run.
     """
     AttentionInterface.register(SDPA, packed_sdpa)
     AttentionInterface.register(FLASH, packed_flash)
     installed = importlib.util.find_spec("flash_attn") is not None
-    if choice == "flash" and not (installed and cuda):
-        why = "no GPU is used" if not cuda else "flash-attn is not installed (pip install 'burnish[gpu]')"
+    if choice == "flash" and not (installed and cuda and half):
+        missing = "flash-attn is not installed (pip install 'burnish[gpu]')"
+        why = "no GPU is used" if not cuda else "model.dtype is float32" if not half else missing
         raise RecipeError(f"model.attention: flash cannot run because {why}; write auto")
-    return FLASH if choice != "sdpa" and installed and cuda else SDPA
+    return FLASH if choice != "sdpa" and installed and cuda and half else SDPA
 
 
 def packed_sdpa(

@@ -25,7 +25,6 @@ Engine: TypeAlias = Any
 
 def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> Engine:
     """The model under DeepSpeed with AdamW on its trainable weights; called by every worker."""
-    # A single fused kernel per step on a GPU; on a CPU the plain loop.
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=recipe.optim.learning_rate,

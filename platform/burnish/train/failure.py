@@ -1,10 +1,9 @@
 """What an attempt's failure means: the end of the run, or another attempt. Decided here, done in `launch`."""
 
-import ray
 import torch
 from ray.train import WorkerGroupError
 
-from burnish.errors import BurnishError, TrainingError
+from burnish.errors import BurnishError, DataError, TrainingError
 
 
 def decide(error: WorkerGroupError) -> BurnishError | None:
@@ -13,16 +12,27 @@ def decide(error: WorkerGroupError) -> BurnishError | None:
     An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
     collectives of the others break. Any other exception raised by the training code would come again.
     """
-    failures = [f.cause if isinstance(f, ray.exceptions.RayTaskError) else f for f in error.worker_failures.values()]
-    for failure in failures:
-        if isinstance(failure, BurnishError):
-            return failure
-        if isinstance(failure, MemoryError | torch.OutOfMemoryError):
-            return TrainingError(f"out of memory: {last_line(failure)}. Lower data.max_length, or raise engine.zero_stage")
+    failures = list(error.worker_failures.values())
+    for cause in (cause for failure in failures for cause in _causes(failure)):
+        if type(cause).__module__ == "burnish.errors":
+            assert isinstance(cause, BurnishError)
+            return cause
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+            return TrainingError(f"out of memory: {last_line(cause)}. Lower data.max_length, or raise engine.zero_stage")
+        if type(cause).__name__ == "UserCodeException":  # Ray Data's, around what a data task raised
+            return DataError(f"a data task failed: {last_line(cause.__cause__ or cause)}")
     # Where one worker was lost, whatever the others raise is its echo.
     if any(_means_lost(failure) for failure in failures) or not failures:
         return None
     return BurnishError(f"training failed: {error}")
+
+
+def _causes(failure: BaseException) -> list[BaseException]:
+    """An exception and what it wraps, the innermost first."""
+    chain = [failure]
+    while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
+        chain.append(inner)
+    return chain[::-1]
 
 
 def _means_lost(failure: BaseException) -> bool:

@@ -138,7 +138,11 @@ def _attempt_until_done(
         reached = progress.step
         try:
             with _stop_on_signal(folder) as asked:
-                _watched(partial(_fit, prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
+                try:
+                    _watched(partial(_fit, prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
+                finally:
+                    if (folder / STOP_FILE).exists():
+                        asked.set()
         except WorkerGroupError as error:
             failures += 1
             reason = decide(error)
@@ -148,6 +152,8 @@ def _attempt_until_done(
                 raise InfrastructureError(
                     f"workers were lost {failures} times after step {reached}: {last_line(error)}"
                 ) from error
+            if asked.is_set():
+                raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
             logger.warning("a worker was lost (%s); starting again from the newest checkpoint", last_line(error))
             continue
         if asked.is_set():

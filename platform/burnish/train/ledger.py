@@ -98,8 +98,12 @@ def _parsed(file: IO[str]) -> Iterator[Any]:
             return
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a crash leaves the old or the new one."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def _rewrite(path: Path, entries: list[Any]) -> None:
-    """Replaces a JSONL file in one step, so that a crash leaves the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

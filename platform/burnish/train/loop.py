@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from burnish.data.pipeline import StepMeta
-from burnish.errors import TrainingError
+from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint
 from burnish.train import engine as ds
@@ -99,10 +99,11 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     dist.all_reduce(shared)
     total, stop = shared.tolist()
     loss_value = total / max(1, meta.trained_tokens)
-    if not math.isfinite(loss_value):
+    if not math.isfinite(loss_value) or (not math.isfinite(grad_norm) and recipe.model.dtype != "float16"):
         packs = ", ".join(map(str, meta.packs))
         raise TrainingError(
-            f"the loss of step {step} is {loss_value}; its packs (epoch, window, index) are {packs}. "
+            f"the loss of step {step} is {loss_value}, its gradient norm {grad_norm}; "
+            f"its packs (epoch, window, index) are {packs}. "
             "Lower optim.learning_rate"
         )
     seconds = time.monotonic() - started
@@ -134,7 +135,11 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
     engine.train()
     dist.all_reduce(shared)
     total, count = shared.tolist()
-    loss = total / max(1.0, count)
+    if count == 0:
+        raise DataError("data.eval: no token of the held-out rows can be trained, so there is no loss to measure")
+    loss = total / count
+    if not math.isfinite(loss):
+        raise TrainingError(f"the evaluation loss after step {step} is {loss}. Lower optim.learning_rate")
     metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if records:
         records.measure(step, metrics)

@@ -1,5 +1,6 @@
 """The model of a recipe: its folder checked, its tokenizer and template, its weights with or without adapters."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -32,7 +33,7 @@ def check_model(recipe: Recipe) -> None:
         if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
             raise RecipeError(f"model.path: {path} has no weights (*.safetensors); copy them there or name another folder")
         _check_targets(recipe, path)
-    config = _configuration(recipe)
+    config = _configuration(recipe).get_text_config()
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
         raise RecipeError(
@@ -60,11 +61,40 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all tensors of a model folder by name, from the safetensors headers alone."""
     found: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+        try:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(min(length, file.stat().st_size)))
+        except (OSError, struct.error, ValueError) as error:
+            raise RecipeError(
+                f"model.path: {file} is no safetensors file ({error}); was it cloned without git lfs?"
+            ) from None
         found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return found
+
+
+def model_digest(recipe: Recipe) -> str | None:
+    """The sha256 of a local model's files, None for a Hub model.
+
+    Of a file over 8 MiB the size and 64 blocks of 64 KiB at even distances count, so that it takes seconds for any model;
+    another training of the same model differs in every one of them.
+    """
+    folder = Path(recipe.model.path).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    endings = {".safetensors", ".bin", ".json", ".jinja", ".model"}
+    for file in sorted(path for path in folder.iterdir() if path.suffix in endings):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as stream:
+            if size <= 8 << 20:
+                digest.update(stream.read())
+                continue
+            for block in range(64):
+                stream.seek(block * (size - (64 << 10)) // 63)
+                digest.update(stream.read(64 << 10))
+    return digest.hexdigest()
 
 
 def load_template(recipe: Recipe) -> Template:
@@ -90,7 +120,7 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
 
     from burnish.train import attention
 
-    kernel = attention.register(recipe.model.attention, cuda)
+    kernel = attention.register(recipe.model.attention, cuda, half=recipe.model.dtype != "float32")
     dtype: torch.dtype = getattr(torch, recipe.model.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         _place(recipe), revision=recipe.model.revision, dtype=dtype, attn_implementation=kernel
@@ -113,6 +143,12 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = spec.target_modules
+    tied = {"lm_head", "embed_tokens", "wte"} & set([] if isinstance(targets, str) else targets)
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        raise RecipeError(
+            f"lora.target_modules: {', '.join(sorted(tied))} shares its weight between input and output in this model, "
+            "so a merged adapter would be another model; take it out"
+        )
     lora = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,

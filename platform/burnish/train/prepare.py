@@ -2,8 +2,8 @@
 
 import errno
 import json
-import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,13 +16,13 @@ from burnish.data.conversation import Refused
 from burnish.data.template import Template
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.train.attempt import STOP_FILE
-from burnish.train.ledger import check_refused
-from burnish.train.model import check_model, load_template
+from burnish.train.ledger import check_refused, replace_text
+from burnish.train.model import check_model, load_template, model_digest
 
 HEAD_ROWS = 512
 """Rows of each run that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep")
-"""Recipe paths that may differ when a run of the same name goes on; every other one changes what is trained."""
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "template.path")
+"""Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,18 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _check_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> None:
-    """Renders the first rows of an index; raises DataError where none can be trained or too many are refused."""
+    """Renders the first rows of each file; raises DataError where none can be trained or too many are refused."""
+    for file in dict.fromkeys(window.name for window in index.windows):
+        windows = [window for window in index.windows if window.name == file]
+        heads = ((window, position, row) for window in windows for position, row in sources.read(window))
+        _check_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe)
+
+
+def _check_rows(name: str, heads: Iterable[tuple[sources.Window, int, Any]], template: Template, recipe: Recipe) -> None:
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
-    heads = ((window, position, row) for window in index.windows for position, row in sources.read(window))
-    for window, position, row in islice(heads, HEAD_ROWS):
+    for window, position, row in heads:
         rows += 1
         place = window.row_name(position)
         try:
@@ -84,7 +90,8 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
     check_same_recipe(recipe, folder)
     was = json.loads((folder / "data.json").read_text())
     if was != digests(prepared):
-        raise DataError(f"name: the files of run {recipe.name!r} have changed since it was started. Choose a new name")
+        odd = ", ".join(key for key in {**was, **digests(prepared)} if was.get(key) != digests(prepared).get(key))
+        raise DataError(f"name: files of run {recipe.name!r} have changed since it was started ({odd}). Choose a new name")
     contract = Contract.from_json((folder / "contract.json").read_text())
     if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
         raise DataError(
@@ -97,8 +104,10 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Raises RecipeError, with the differences, where the folder was started with a recipe that trains otherwise."""
     if not (folder / "recipe.yaml").exists():
         return
-    changed = differences(load(folder / "recipe.yaml"), recipe)
+    changed = differences(load(folder / "recipe.yaml"), recipe.located())
     changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
+    if all(str(place).startswith("/") for place in changed.get("model.path", [""])):
+        del changed["model.path"]  # folders that moved; what they hold is compared by digest
     if changed:
         shown = "; ".join(f"{path}: {was!r} became {now!r}" for path, (was, now) in changed.items())
         raise RecipeError(
@@ -108,9 +117,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 def write_json(path: Path, tree: Any) -> None:
     """Replaces a JSON file in one step, so that a crash leaves the old or the new one."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(unfinished, path)
+    replace_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 def make_run_folder(folder: Path) -> None:
@@ -139,14 +146,13 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
         (folder / "contract.json").write_text(prepared.contract.to_json())
         (folder / "chat_template.jinja").write_text(prepared.contract.template)
         write_json(folder / "data.json", digests(prepared))
-        unfinished = folder / ".recipe.yaml.partial"
-        unfinished.write_text(prepared.recipe.to_yaml())
-        os.replace(unfinished, folder / "recipe.yaml")
+        replace_text(folder / "recipe.yaml", prepared.recipe.located().to_yaml())
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error
 
 
 def digests(prepared: Prepared) -> dict[str, str]:
-    """The sha256 of the source files, by what they are for."""
+    """The sha256 of what a run reads: training rows, held-out rows, and the files of a local model."""
     held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
-    return {"train": prepared.train.digest, **held_out}
+    model = model_digest(prepared.recipe)
+    return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {})}

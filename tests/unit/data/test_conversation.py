@@ -9,7 +9,8 @@ def m(role, content="x", **more):
     return {"role": role, "content": content, **more}
 
 
-CALL = {"function": {"name": "f", "arguments": '{"a": ["b", 1]}'}}
+CALL = {"function": {"name": "f", "arguments": '{"a": ["b", 1], "c": null}'}}
+DECODED = {"function": {"name": "f", "arguments": {"a": ["b", 1], "c": None}}}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,11 @@ CALL = {"function": {"name": "f", "arguments": '{"a": ["b", 1]}'}}
         ({"messages": [m("user", [{"type": "image"}]), m("assistant")]}, "bad-row", 0, "not text"),
         ({"messages": [m("user"), m("assistant", train="no")]}, "bad-row", 1, "train must be true or false"),
         ({"messages": [m("user"), m("assistant", tool_calls="f")]}, "bad-row", 1, "tool_calls"),
+        ({"messages": [m("user"), m("assistant", tool_calls=[{"function": "f"}])]}, "bad-row", 1, "function.name"),
+        ({"messages": [m("user"), m("assistant", tool_calls=[{"name": "f", "arguments": "{"}])]}, "bad-row", 1, "no JSON"),
+        ({"messages": [m("user"), m("assistant", train=0)]}, "bad-row", 1, "train must be true or false"),
+        ({"messages": [m("user"), m("assistant", weight=0.5)]}, "bad-row", 1, "weight must be 0 or 1"),
+        ({"messages": [m("user", "cut \ud83d"), m("assistant")]}, "bad-row", 0, "surrogate"),
         ({"messages": [m("user"), m("assistant")], "tools": "{"}, "bad-row", None, "not JSON"),
         ({"messages": [m("user")]}, "no-assistant", None, "no assistant turn"),
         ({"messages": [m("assistant"), m("user")]}, "assistant-first", 0, "before any user"),
@@ -42,7 +48,7 @@ def test_a_row_that_is_no_conversation_is_refused(row, code, turn, words):
     assert words in refusal.value.message
 
 
-def test_parquet_nulls_and_text_parts_are_read_as_plain_messages():
+def test_nulls_and_text_parts_are_read_as_plain_messages():
     row = {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
@@ -55,9 +61,13 @@ def test_parquet_nulls_and_text_parts_are_read_as_plain_messages():
     conversation = Conversation.parse(row)
     assert [dict(message.fields) for message in conversation.messages] == [
         {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [DECODED]},
         {"role": "tool", "content": "r"},
         {"role": "assistant", "content": "done"},
     ]
     assert conversation.assistant_turns() == [1, 3]
+    assert [Conversation.parse({"messages": [m("user"), m("assistant", weight=w)]}).messages[1].train for w in (0, 1)] == [
+        False,
+        True,
+    ]
     assert conversation.messages[1].texts() == ["f", "b", "1"]

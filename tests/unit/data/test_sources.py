@@ -59,6 +59,28 @@ def test_a_broken_line_comes_as_text(tmp_path):
     assert list(read(window)) == [(0, {"n": 1}), (1, "{broken\n"), (2, {"n": 2})]
 
 
+def test_parquet_structs_lose_the_nulls_that_fill_them_and_jsonl_keeps_its_own(tmp_path):
+    rows = [{"a": {"x": 1}}, {"a": {"y": [{"z": None}]}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (window,) = index([SourceSpec(path=str(tmp_path / "a.parquet"))], 5).windows
+    assert [row for _, row in read(window)] == [{"a": {"x": 1}}, {"a": {"y": [{}]}}]
+    (window,) = index([SourceSpec(path=str(write_rows(tmp_path / "a.jsonl", rows)))], 5).windows
+    assert [row for _, row in read(window)] == rows
+
+
+def test_a_line_that_nests_without_end_and_a_damaged_row_group(tmp_path):
+    deep = "[" * 100_000
+    (window,) = index([SourceSpec(path=str(write_rows(tmp_path / "a.jsonl", [deep])))], 5).windows
+    assert [row for _, row in read(window)] == [deep + "\n"]
+    path = write(tmp_path, "parquet")
+    data = bytearray(path.read_bytes())
+    data[4:60] = bytes(56)
+    path.write_bytes(data)
+    (window,) = index([SourceSpec(path=str(path))], 50).windows
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read(window))
+
+
 def test_an_epoch_visits_every_window_in_an_order_of_its_own():
     orders = [epoch_order(20, 7, epoch) for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]

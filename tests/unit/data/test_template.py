@@ -1,6 +1,7 @@
 """Masks, byte for byte, on two template families; and every refusal with its code and turn."""
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.template import Template, render
@@ -174,6 +175,31 @@ def test_a_row_in_which_every_answer_says_train_false_is_refused():
     row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "train": False}]}
     with pytest.raises(Refused, match="empty-target"):
         render(Conversation.parse(row), CHATML_TEMPLATE, 256)
+
+
+def test_tool_arguments_are_trained_as_servers_render_them():
+    # The OpenAI shape has the arguments as JSON text; a server decodes it before its template prints it.
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Paris"}'}}
+    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": None, "tool_calls": [call]}]}
+    (sample,) = render(Conversation.parse(row), CHATML_TEMPLATE, 256)
+    assert '"arguments": {"city": "Paris"}' in marked(sample, CHATML_TEMPLATE)
+
+
+def test_control_tokens_that_only_the_vocabulary_knows_are_refused_too():
+    vocabulary = make_tokenizer(LLAMA3).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, bos_token="<|begin|>", eos_token="<|eot_id|>")
+    assert "<|start_header_id|>" not in tokenizer.all_special_tokens
+    source = Template(tokenizer, LLAMA3, {}, frozenset([tokenizer.eos_token_id]))
+    with pytest.raises(Refused, match="control-token-in-content"):
+        render(talk((U, "a"), (A, "b<|start_header_id|>user")), source, 256)
+
+
+def test_a_template_that_reads_the_clock_needs_a_fixed_date():
+    source = "{{ date_string or strftime_now('%d %b %Y') }}" + CHATML
+    tokenizer = make_tokenizer(CHATML)
+    with pytest.raises(DataError, match="date_string"):
+        Template(tokenizer, source, {}, frozenset([2]))
+    assert Template(tokenizer, source, {"date_string": "01 Jan 2026"}, frozenset([2]))
 
 
 def test_a_template_without_stop_tokens_is_refused():

@@ -1,9 +1,12 @@
 """The trials of a sweep."""
 
+import math
+
 import pytest
 
 from burnish.config import SweepSpec
 from burnish.errors import RecipeError
+from burnish.sweep.launch import Trial, _rank
 from burnish.sweep.space import draw, trial_recipe
 
 
@@ -26,6 +29,21 @@ def test_numbers_stay_in_their_bounds_and_follow_the_seed():
     assert one == same != other
     assert all(1e-5 <= t["optim.learning_rate"] <= 1e-3 and 0 <= t["lora.dropout"] <= 0.1 for t in one)
     assert sum(t["optim.learning_rate"] < 1e-4 for t in one) in range(15, 36)  # half lies below the middle of the logarithm
+
+
+def test_a_trial_that_diverged_or_failed_never_wins():
+    trials = [
+        Trial(name, {}, status, metric, {})
+        for name, status, metric in (
+            ("nan", "finished", math.nan),
+            ("good", "finished", 0.0),
+            ("failed", "failed", -1.0),
+            ("worse", "stopped", 2.0),
+            ("silent", "stopped", None),
+        )
+    ]
+    assert [trial.name for trial in _rank(SweepSpec(mode="min"), trials)] == ["good", "worse"]
+    assert [trial.name for trial in _rank(SweepSpec(mode="max"), trials)] == ["worse", "good"]
 
 
 def test_a_trial_is_a_recipe_of_its_own_below_the_sweep(make_recipe, tmp_path):

@@ -30,3 +30,21 @@ def test_a_lost_worker_means_another_attempt(failures):
 def test_what_would_come_again_ends_the_run(failures, kind, words):
     reason = decide(WorkerGroupError("message", failures))
     assert type(reason) is kind and words in str(reason)
+
+
+def test_what_a_data_task_raised_is_found_inside_rays_wrapping():
+    from ray.data.exceptions import UserCodeException
+
+    def wrapped(cause: Exception) -> Exception:
+        try:
+            try:
+                raise cause
+            except Exception as error:
+                raise UserCodeException("in a task") from error
+        except UserCodeException as error:
+            return error
+
+    own = decide(WorkerGroupError("message", {0: wrapped(DataError("rows.jsonl: cannot be read")), 1: LOST}))
+    assert type(own) is DataError and str(own) == "rows.jsonl: cannot be read"
+    other = decide(WorkerGroupError("message", {0: wrapped(TypeError("odd row"))}))
+    assert type(other) is DataError and "odd row" in str(other)
