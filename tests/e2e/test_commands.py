@@ -185,4 +185,44 @@ def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(c
     path = recipe_file(optim={"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0}, train={"epochs": 4})
     code, out, err = run(capsys, "train", path)
     assert (code, out) == (5, ""), err
-    assert "is nan; its packs (epoch, window, index) are (0, " in err and "learning_rate" in err
+    assert "the loss of step 2 is nan" in err and "its packs (epoch, window, index) are (0, " in err, err
+    assert "learning_rate" in err
+
+
+def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, capsys, recipe_file, tmp_path):
+    bad = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(4)]
+    rows = write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(4)), *bad])
+    path = recipe_file(
+        data={"train": [{"path": str(rows)}], "window_rows": 4, "max_refused": 0.5},
+        train={"global_batch_size": 1, "epochs": 3},
+        checkpoint={"every_steps": None},
+    )
+    code, out, err = run(capsys, "train", path)
+    assert code == 0, err
+    ledger = [json.loads(line) for line in (tmp_path / "runs/small/ledger.jsonl").read_text().splitlines()]
+    assert json.loads(out)["steps"] == len(ledger) and all(line["packs"] and line["trained_tokens"] for line in ledger)
+    assert {epoch for line in ledger for epoch, _, _ in line["packs"]} == {0, 1, 2}
+    refused = [json.loads(line) for line in (tmp_path / "runs/small/refused.jsonl").read_text().splitlines()]
+    assert sorted(line["row"] for line in refused) == [f"{rows}#{i}" for i in range(4, 8)], "each once, not each epoch"
+    assert {line["code"] for line in refused} == {"no-assistant"}
+    assert not list((tmp_path / "runs/small").glob(".ray"))
+
+
+def test_the_ledger_is_the_same_on_1_2_and_4_workers(cluster, capsys, recipe_file, tmp_path):
+    ledgers = []
+    for workers in (1, 2, 4):
+        name = f"workers-{workers}"
+        path = recipe_file(
+            name=name,
+            scale={"num_workers": workers},
+            engine={"zero_stage": 3},
+            train={"max_steps": 4, "epochs": 3},
+            checkpoint={"every_steps": None},
+        )
+        code, _, err = run(capsys, "train", path)
+        assert code == 0, err
+        ledgers.append([json.loads(line) for line in (tmp_path / "runs" / name / "ledger.jsonl").read_text().splitlines()])
+    losses = [[line.pop("loss") for line in ledger] for ledger in ledgers]
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert len(ledgers[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import shutil
 import signal
 import threading
 import uuid
@@ -117,8 +118,10 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
             "template.source_sha256": contract.source_sha256,
             "template.behaviour_sha256": contract.behaviour_sha256,
         }
+        data = digests(prepared)
+        tags |= {"model.sha256": data.pop("model")} if "model" in data else {}
         files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
-        tracking.describe(prepared.recipe, run_id, tags, files, digests(prepared))
+        tracking.describe(prepared.recipe, run_id, tags, files, data)
     return run_id
 
 
@@ -278,6 +281,7 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
         raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
     result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
     write_json(folder / "result.json", asdict(result))
+    shutil.rmtree(folder / ".ray", ignore_errors=True)
     return result
 
 

@@ -56,6 +56,11 @@ def train_loop(config: dict[str, Any]) -> None:
     for batch in chain(filter(None, [first.result()]), stream):
         if stopped or progress.step == recipe.train.max_steps:
             break
+        if not batch.meta.packs:  # nothing but refused rows: no step, so that no weight moves on momentum alone
+            progress = Progress(progress.step, batch.meta.cursor)
+            if records:
+                records.refuse(batch.meta)
+            continue
         metrics, stopped = train_step(engine, batch, progress.step + 1, attempt)
         progress = Progress(progress.step + 1, batch.meta.cursor)
         if records:
@@ -196,7 +201,7 @@ class Records:
         self._tracker.log(metrics, step)
 
     def refuse(self, meta: StepMeta) -> None:
-        """Rows that an evaluation could not use."""
+        """Rows that were refused where no step was trained."""
         self._ledger.refuse(meta.refused)
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
