@@ -66,25 +66,27 @@ def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(cluster, 
     recipe = ROOT / "runs" / ".job-test.yaml"  # below the working directory, and ignored by it: named absolutely
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(make_recipe(scale={"num_workers": 2}, train={"max_steps": 3}).to_yaml())
+
+    def submit(verb: str, arguments: str) -> tuple[JobStatus, str, int | None]:
+        # One after the other: the nodes of a simulated cluster share a folder, in which one job's end would remove the
+        # working directory of another.
+        job = client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=env)
+        status = follow(client, job, 240)
+        return status, client.get_job_logs(job), client.get_job_info(job).driver_exit_code
+
     try:
-        jobs = {
-            verb: client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=env)
-            for verb, arguments in {
-                "train": recipe,
-                "preview": "jobs/recipes/quickstart.yaml --json --limit 1 model.path=" + str(make_recipe().model.path),
-                "sweep": f"{recipe} name=Wrong",
-            }.items()
-        }
-        assert follow(client, jobs["preview"], 120) == JobStatus.SUCCEEDED, client.get_job_logs(jobs["preview"])
-        assert json.loads(client.get_job_logs(jobs["preview"]).splitlines()[-1])["row"].endswith("conversations.jsonl#0")
-        assert follow(client, jobs["sweep"], 120) == JobStatus.FAILED
-        assert client.get_job_info(jobs["sweep"]).driver_exit_code == 2
-        assert "name: must be lower-case" in client.get_job_logs(jobs["sweep"])
-        assert follow(client, jobs["train"], 240) == JobStatus.SUCCEEDED, client.get_job_logs(jobs["train"])
-        result = json.loads(client.get_job_logs(jobs["train"]).splitlines()[-1])
+        model = make_recipe().model.path
+        status, logs, _ = submit("preview", f"jobs/recipes/quickstart.yaml --json --limit 1 model.path={model}")
+        assert status == JobStatus.SUCCEEDED, logs
+        assert json.loads(logs.splitlines()[-1])["row"].endswith("conversations.jsonl#0")
+        status, logs, code = submit("sweep", f"{recipe} name=Wrong")
+        assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
+        status, logs, _ = submit("train", str(recipe))
+        assert status == JobStatus.SUCCEEDED, logs
+        result = json.loads(logs.splitlines()[-1])
         assert (result["status"], result["steps"]) == ("finished", 3)
-        export = client.submit_job(entrypoint=f"{sys.executable} jobs/export.py {tmp_path}/runs/small", runtime_env=env)
-        assert follow(client, export, 120) == JobStatus.SUCCEEDED, client.get_job_logs(export)
+        status, logs, _ = submit("export", f"{tmp_path}/runs/small")
+        assert status == JobStatus.SUCCEEDED, logs
         assert (tmp_path / "runs/small/export/model.safetensors").exists()
     finally:
         recipe.unlink()
