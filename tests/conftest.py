@@ -185,10 +185,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
                 "object_store_memory": 200 << 20,
             },
         )  # fmt: skip
-        for _ in range(2):
+        for number in range(2):
             ports = free_ports(2)
+            # A folder of its own, as on a machine of its own: nodes that share one unpack a job's code over each other.
+            own = f"{folder}/{number}"
             nodes.add_node(
-                num_cpus=3, dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1], object_store_memory=200 << 20
+                num_cpus=3,
+                temp_dir=own,
+                dashboard_agent_listen_port=ports[0],
+                metrics_agent_port=ports[1],
+                object_store_memory=200 << 20,
             )
         nodes.wait_for_nodes()
         # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
