@@ -20,7 +20,7 @@ from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, load_template, model_digest
 
 HEAD_ROWS = 512
-"""Rows of each run that are rendered before a worker starts, so that a wrong template or format fails at once."""
+"""Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "template.path")
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 
