@@ -1,5 +1,6 @@
 """What people get wrong: one clear message, its exit code, and no worker started."""
 
+import fcntl
 import json
 
 import pytest
@@ -128,6 +129,15 @@ def test_a_changed_recipe_under_an_old_name(command, make_recipe, tmp_path):
     (run / "recipe.yaml").write_text(make_recipe().to_yaml())
     code, said = command("optim.learning_rate=0.5")
     assert code == 2 and "optim.learning_rate: 0.001 became 0.5" in said and "Choose a new name" in said, said
+
+
+def test_a_run_that_another_command_holds(command, tmp_path):
+    run = tmp_path / "runs" / "small"
+    run.mkdir(parents=True)
+    with open(run / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, said = command()
+    assert code == 2 and "another command is training" in said and str(run) in said, said
 
 
 def test_export_and_chat_of_what_is_not_there(capsys, tmp_path):
