@@ -4,6 +4,7 @@ Precedence: defaults < YAML < ``section.field=value`` on the command line. Every
 and closed: an unknown key is refused with the nearest name that exists.
 """
 
+import datetime
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,13 +64,15 @@ class TemplateSpec(Spec):
     """Variables passed to the template at every render, as the server will pass them."""
     stop_tokens: tuple[str, ...] | None = None
     """Tokens that end an answer; null takes them from the generation config and the tokenizer."""
+    date: datetime.date | None = None
+    """Day that a template which reads the clock shows; null takes the day on which the run started."""
 
 
 class SourceSpec(Spec):
     """One file of conversations."""
 
     path: str
-    """JSONL (also .gz and .zst) or Parquet file whose rows have `messages`."""
+    """JSONL (also .gz, .zst) or Parquet file; rows have `messages`, or are ShareGPT, Alpaca or prompt and completion."""
     weight: float = Field(1.0, gt=0)
     """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows, another half in each epoch."""
 
@@ -85,8 +88,11 @@ class DataSpec(Spec):
     """Tokens in a pack; a longer conversation is overlong."""
     train_on: Literal["assistant", "last_assistant"] = "assistant"
     """Which answers bear loss: every assistant turn, or only the last of each conversation."""
-    on_overlong: Literal["drop"] = "drop"
-    """An overlong conversation is dropped and counted, never cut."""
+    history: Literal["serve_exact", "last_turn"] = "serve_exact"
+    """Where a template rewrites earlier turns: serve_exact gives each turn a sample with the context that serving shows it;
+    last_turn trains only the turns that share the last one's context."""
+    on_overlong: Literal["drop", "truncate_turns"] = "drop"
+    """An overlong sample is dropped with its row and counted, or loses whole turns from its start; no answer is ever cut."""
     max_refused: float = Field(0.01, ge=0, le=1)
     """Largest share of rows that may be refused (overlong rows apart); above it the run fails."""
     seed: int = Field(0, ge=0)

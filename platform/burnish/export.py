@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from burnish.config import Recipe, load
-from burnish.data.contract import Contract
+from burnish.data.contract import Contract, difference
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
 from burnish.train.model import load_template, model_digest, with_adapters
+from burnish.train.prepare import read_contract
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     recipe = load(run / "recipe.yaml")
     if not (run / "contract.json").exists():
         raise RecipeError(f"{run}: is no training run; of a sweep, export a trial, for example {run}/trials/trial-000")
-    contract = Contract.from_json((run / "contract.json").read_text())
+    contract = read_contract(run)
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise DataError(f"{run}: has no checkpoint yet; train it first")
@@ -58,7 +59,7 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     partial.mkdir(parents=True)
     _write_model(recipe, found.path / checkpoint.WEIGHTS, contract, partial, merge)
     _write_tokenizer(recipe, contract, partial)
-    (partial / "contract.json").write_text(contract.to_json())
+    (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
     (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
     for file in partial.glob("*.safetensors"):
         _check_tensors(file)
@@ -73,9 +74,11 @@ def _check_unchanged(recipe: Recipe, contract: Contract, found: checkpoint.Check
         raise RecipeError(f"model.path: the base model {place} of this run is gone; put it back to export")
     if json.loads((run / "data.json").read_text()).get("model") != model_digest(recipe):
         raise DataError(f"{place}: the base model's files have changed since {run} was trained; put the old ones back")
-    behaviours = {contract.behaviour_sha256, found.behaviour_sha256, Contract.of(load_template(recipe)).behaviour_sha256}
-    if len(behaviours) != 1:
-        raise DataError(f"{run}: checkpoint, contract and tokenizer do not agree on the template; nothing was exported")
+    if contract.behaviour_sha256 != found.behaviour_sha256:
+        raise DataError(f"{run}: the checkpoint {found.path.name} was trained under another contract; nothing was exported")
+    changed = difference(contract, Contract.of(load_template(recipe, contract.date)))
+    if changed is not None:
+        raise DataError(f"{run}: template or tokenizer behave otherwise than in training: {changed}; nothing was exported")
 
 
 def _origin(folder: Path) -> Origin | None:
@@ -108,6 +111,10 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
     if recipe.lora is not None and not merge:
         generation: GenerationConfig = base.generation_config
         generation.save_pretrained(folder)
+        adapter = folder / "adapter_model.safetensors"
+        tensors = load_file(adapter)
+        # An adapter travels alone; its file says under which contract it was trained.
+        save_file(tensors, adapter, metadata={"format": "pt", "chat_contract": f"sha256:{contract.behaviour_sha256}"})
 
 
 def _write_tokenizer(recipe: Recipe, contract: Contract, folder: Path) -> None:

@@ -12,7 +12,10 @@ PACKAGE = ROOT / "platform" / "burnish"
 
 LAYERS = {
     0: {"errors", "complaint", "config", "reference"},
-    1: {"data.conversation", "data.template", "data.contract", "data.packing", "data.sources", "train.schedule", "sweep.space"},
+    1: {
+        "data.contract", "data.conversation", "data.dye", "data.formats", "data.packing", "data.probes", "data.render", "data.sources",
+        "data.syntax", "data.template", "train.schedule", "sweep.space",
+    },
     2: {
         "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",

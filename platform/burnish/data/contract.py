@@ -2,78 +2,175 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 from burnish.data.conversation import Conversation, Refused
+from burnish.data.probes import PROBES
 from burnish.data.template import Template
 
-_PROBES: tuple[list[dict[str, Any]], ...] = (
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is 2 + 2?"},
-        {"role": "assistant", "content": "4"},
-    ],
-    [
-        {"role": "user", "content": " a\n\nb "},
-        {"role": "assistant", "content": "[[1, 2]]"},
-        {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "\n\nYes."},
-    ],
-    [
-        {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": "Because.", "reasoning_content": "Let me think."},
-        {"role": "user", "content": "Grüße 👋"},
-        {"role": "assistant", "content": "Ok", "reasoning_content": "Short."},
-    ],
-)
-"""Fixed conversations that reach the branches in which templates differ: system prompts, trimming, history, reasoning."""
+_MODES: dict[str, tuple[Any, ...]] = {"enable_thinking": (False, True), "preserve_thinking": (True,)}
+"""Variables that a server's users set from request to request, where a template knows them, and the values to probe."""
+_LIBRARIES = ("burnish", "transformers", "tokenizers", "jinja2")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One render of a fixed conversation: its text and token ids, or the error that the template raised.
+
+    `prompt` says whether it is what a server feeds (all messages but a last answer, with the generation prompt) or the
+    whole conversation; `kwargs` are the variables that this probe sets beside the contract's own.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    prompt: bool
+    text: str | None
+    ids: list[int] | None
+    error: str | None
+
+    def place(self) -> str:
+        """What the probe is, for people."""
+        kwargs = "".join(f", {name}={value}" for name, value in self.kwargs.items())
+        return f"{self.name} ({'prompt' if self.prompt else 'whole'}{kwargs})"
+
+    def behaviour(self) -> list[Any]:
+        """What must stay as it is. Of an error only that it is one: libraries word the same error in many ways."""
+        return [self.name, sorted(self.kwargs.items()), self.prompt, self.text, self.ids, self.error is not None]
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Template text, variables, stop tokens, and the sha256 of how they behave on fixed probes.
+    """Template text, variables, stop tokens, and how they behave on fixed probes and on the first rows of the data.
 
-    Two contracts are the same promise to serving if and only if their `behaviour_sha256` are equal.
+    Two contracts are the same promise to serving if and only if `difference` finds nothing. `source_sha256` is of the
+    template's text, `syntax_sha256` of its syntax tree, `behaviour_sha256` of every probe and the stop tokens. `rows` are
+    the sha256 of the token ids and masks of the run's first rows; `masks` counts what of them is trained.
     """
 
     template: str
     kwargs: dict[str, Any]
+    date: str | None
     stop_tokens: list[str]
     stop_ids: list[int]
+    special_tokens: dict[str, Any]
     source_sha256: str
+    syntax_sha256: str
     behaviour_sha256: str
+    tokenizer_sha256: str
+    versions: dict[str, str]
+    masks: dict[str, Any]
+    rows: dict[str, str]
+    probes: list[Probe]
 
     @classmethod
-    def of(cls, template: Template) -> "Contract":
-        """The contract of a template: every probe rendered with and without the generation prompt, and its token ids."""
-        behaviour: list[Any] = []
-        for probe in _PROBES:
-            conversation = Conversation.parse({"messages": probe})
-            for count, prompt in [(len(probe), False), (len(probe) - 1, True)]:
-                try:
-                    text = template.text(conversation.messages[:count], (), prompt)
-                    behaviour.append([text, template.encode(text).ids.tolist()])
-                except Refused as refused:
-                    behaviour.append(refused.message)
+    def of(
+        cls, template: Template, masks: Mapping[str, Any] | None = None, rows: Mapping[str, str] | None = None
+    ) -> "Contract":
+        """The contract of a template: every probe rendered with and without the generation prompt, in every mode."""
+        probes = [probe for mode in _modes(template) for name in PROBES for probe in _probe(template, name, mode)]
         stop_ids = sorted(template.stop_ids)
-        stop_tokens = [template.decode([i]) for i in stop_ids]
-        promise = json.dumps([behaviour, stop_ids], ensure_ascii=False)
+        behaviour = [[probe.behaviour() for probe in probes], stop_ids]
         return cls(
-            template.source,
-            dict(template.kwargs),
-            stop_tokens,
-            stop_ids,
-            hashlib.sha256(template.source.encode()).hexdigest(),
-            hashlib.sha256(promise.encode()).hexdigest(),
+            template=template.source,
+            kwargs=dict(template.kwargs),
+            date=template.date,
+            stop_tokens=list(template.stop_tokens),
+            stop_ids=stop_ids,
+            special_tokens=dict(template.tokenizer.special_tokens_map),
+            source_sha256=_sha256(template.source),
+            syntax_sha256=template.syntax.sha256,
+            behaviour_sha256=_sha256(json.dumps(behaviour, ensure_ascii=False)),
+            tokenizer_sha256=_sha256(json.dumps(template.vocabulary(), sort_keys=True)),
+            versions={library: version(library) for library in _LIBRARIES},
+            masks=dict(masks or {}),
+            rows=dict(rows or {}),
+            probes=probes,
         )
 
     def to_json(self) -> str:
-        """contract.json."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """contract.json; token ids of a probe on one line."""
+        tree = asdict(replace(self, probes=[]))
+        probes = ",\n    ".join(json.dumps(asdict(probe), ensure_ascii=False) for probe in self.probes)
+        head = json.dumps(tree, indent=2, ensure_ascii=False)
+        return head.removesuffix('"probes": []\n}') + f'"probes": [\n    {probes}\n  ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> "Contract":
         """The contract in the text of a contract.json; raises ValueError or TypeError where it is none."""
-        return cls(**json.loads(text))
+        tree = json.loads(text)
+        if not isinstance(tree, dict) or not isinstance(tree.get("probes"), list):
+            raise ValueError("it has no probes")
+        return cls(**{**tree, "probes": [Probe(**probe) for probe in tree["probes"]]})
+
+    def sha256(self) -> str:
+        """The sha256 of contract.json, by which weights name their contract."""
+        return _sha256(self.to_json())
+
+
+def difference(was: Contract, now: Contract) -> str | None:
+    """The first probe that behaves otherwise than before, both strings at the first difference; None where none does.
+
+    Another text of the same behaviour (comments, spacing, quoting) is no difference.
+    """
+    if was.stop_ids != now.stop_ids:
+        return f"answers ended at {was.stop_tokens} and end now at {now.stop_tokens}"
+    known = {probe.place(): probe for probe in now.probes}
+    for old in was.probes:
+        new = known.get(old.place())
+        if new is None:
+            return f"the probe {old.place()} is gone: the template knew a variable that it knows no more"
+        if old.behaviour() != new.behaviour():
+            return f"the probe {old.place()} {_changed(old, new)}"
+    for row, digest in was.rows.items():
+        if now.rows.get(row, digest) != digest:
+            return f"the row {row} has other tokens or another mask"
+    return None
+
+
+def _changed(old: Probe, new: Probe) -> str:
+    if old.text is None or new.text is None:
+        raised, rendered = (old, new) if old.text is None else (new, old)
+        order = ("raised", "renders now") if old.text is None else ("raises now", "was rendered")
+        return f"{order[0]} {raised.error!r}, and {order[1]} as {str(rendered.text)[-60:]!r}"
+    if old.text != new.text:
+        return differ(old.text, new.text)
+    before, after = old.ids or [], new.ids or []
+    at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
+    return f"has the same text and other tokens from token {at} on: {before[at : at + 8]}, now {after[at : at + 8]}"
+
+
+def differ(expected: str, found: str) -> str:
+    """Both strings around their first difference."""
+    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    left = max(0, at - 20)
+    return f"at character {at} expected {expected[left : at + 30]!r}, found {found[left : at + 30]!r}"
+
+
+def _modes(template: Template) -> list[dict[str, Any]]:
+    """The variables to probe beside the recipe's own: none, and each that the template knows with each of its values."""
+    modes: list[dict[str, Any]] = [{}]
+    for name, values in _MODES.items():
+        if name in template.syntax.variables and name not in template.kwargs:
+            modes += [{name: value} for value in values]
+    return modes
+
+
+def _probe(template: Template, name: str, kwargs: dict[str, Any]) -> list[Probe]:
+    conversation = replace(Conversation.parse(PROBES[name]), kwargs=kwargs)
+    messages = conversation.messages
+    fed = messages[:-1] if messages[-1].role == "assistant" else messages
+    probes = []
+    for part, prompt in ((messages, False), (fed, True)):
+        try:
+            text = template.text(part, conversation, prompt)
+            probes.append(Probe(name, kwargs, prompt, text, template.encode(text).ids.tolist(), None))
+        except Refused as refused:
+            probes.append(Probe(name, kwargs, prompt, None, None, refused.message))
+    return probes
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

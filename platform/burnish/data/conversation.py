@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,24 +36,31 @@ class Message:
         return str(self.fields["role"])
 
     def texts(self) -> list[str]:
-        """Every piece of text that a template must show for this message: content, reasoning, tool calls."""
-        found = [self.fields.get("content") or "", self.fields.get("reasoning_content") or ""]
+        """Every piece of text of this message: content, reasoning, name, and the names and arguments of tool calls."""
+        found = [self.fields.get(key) or "" for key in ("content", "reasoning_content", "name")]
         for call in self.fields.get("tool_calls") or ():
             function = call.get("function", call)
-            found += [str(function.get("name", "")), *_strings(function.get("arguments"))]
+            arguments = function["arguments"]
+            found += [function["name"], *_strings(arguments), *_names_and_numbers(arguments)]
         return [text for text in found if text.strip()]
+
+    def plain_values(self) -> list[str]:
+        """Names of arguments, and arguments that are numbers, as JSON writes them: a render shows them letter for letter."""
+        calls = [call.get("function", call) for call in self.fields.get("tool_calls") or ()]
+        return [text for call in calls for text in _names_and_numbers(call["arguments"]) if text.strip()]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in an order that a server could meet, at least one of them an assistant's; and their tools.
+    """Messages in an order that a server could meet, at least one of them an assistant's; their tools and variables.
 
-    Invariant: an optional system message first; the assistant never opens and never answers itself; a tool message
-    follows an assistant's tool calls or another tool message.
+    Invariant: the assistant never opens and never answers itself; a tool message follows an assistant's tool calls or
+    another tool message. `kwargs` are variables of the template for this conversation alone, as a request may set them.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> "Conversation":
@@ -69,7 +76,12 @@ class Conversation:
             tools = _json(tools, "tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Refused("bad-row", f"`tools` must be a list of tool descriptions; found {tools!r:.60}")
-        return cls(messages, tuple(tools))
+        kwargs = row.get("chat_template_kwargs") or {}
+        if isinstance(kwargs, str):
+            kwargs = _json(kwargs, "chat_template_kwargs")
+        if not isinstance(kwargs, dict):
+            raise Refused("bad-row", f"`chat_template_kwargs` must be an object of template variables; found {kwargs!r:.60}")
+        return cls(messages, tuple(tools), {name: value for name, value in kwargs.items() if value is not None})
 
     def assistant_turns(self) -> list[int]:
         """Positions of the assistant's messages, in order."""
@@ -139,9 +151,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise Refused("no-assistant", f"no assistant turn to train on; the roles are {', '.join(roles)}")
     before = None
     for turn, role in enumerate(roles):
-        if role in ("system", "developer") and turn > 0:
-            raise Refused("role-order", f"a {role} message must stand first; found it after {before}", turn)
-        if role == "assistant" and before in (None, "system", "developer"):
+        if role == "assistant" and not {"user", "tool"} & set(roles[:turn]):
             raise Refused("assistant-first", "the assistant speaks before any user message; put a user turn first", turn)
         if role == "assistant" and before == "assistant":
             raise Refused("role-order", "two assistant turns in a row; join them or put a user turn between", turn)
@@ -162,11 +172,17 @@ def _json(text: str, key: str) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string and number inside the arguments of a tool call."""
+    """Every string inside the arguments of a tool call."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, Mapping):
-        return [text for item in value.values() for text in _strings(item)]
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in _strings(item)]
-    return [] if value is None or isinstance(value, bool) else [str(value)]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for item in items for text in _strings(item)]
+
+
+def _names_and_numbers(value: Any) -> list[str]:
+    """The names and the numbers inside the arguments of a tool call."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [json.dumps(value)]
+    names = list(map(str, value)) if isinstance(value, Mapping) else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return names + [text for item in items for text in _names_and_numbers(item)]

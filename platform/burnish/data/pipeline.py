@@ -17,10 +17,11 @@ import ray
 import ray.data
 
 from burnish.config import Recipe
-from burnish.data import sources
+from burnish.data import formats, sources
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.packing import Pack, Sample, pack
-from burnish.data.template import Template, render
+from burnish.data.render import render
+from burnish.data.template import Template
 
 SCHEMA = pa.schema(
     [
@@ -80,7 +81,9 @@ def render_row(row: Any, name: str, template: Template, recipe: Recipe) -> list[
     """The samples of one source row; raises Refused. A line that was no JSON comes as text."""
     if not isinstance(row, dict):
         raise Refused("bad-row", f"{name} is not a JSON object; found {row!r:.80}")
-    return render(Conversation.parse(row), template, recipe.data.max_length, recipe.data.train_on)
+    data = recipe.data
+    conversation = Conversation.parse(formats.messages_form(row))
+    return render(conversation, template, data.max_length, data.train_on, data.history, data.on_overlong)
 
 
 def render_window(window: sources.Window, epoch: int, template: Template, recipe: Recipe) -> WindowResult:

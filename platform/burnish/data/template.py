@@ -1,21 +1,22 @@
-"""Rendering with proved masks: a token is trained if and only if the served model would have to emit it.
-
-For assistant turn i the server feeds P, the render of the messages before it with the generation prompt. Q, the
-render up to and including the turn, must start with P. What follows P, up to and including the first stop token, is
-the target. The tokens before it must be the server's own tokens of P. What cannot be shown is refused, by row.
-"""
+"""A tokenizer with its chat template, exactly as the server will use them: text, tokens, stop tokens."""
 
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from burnish.data import syntax
 from burnish.data.conversation import Conversation, Message, Refused
-from burnish.data.packing import Sample
 from burnish.errors import DataError
+
+_KEPT_ENDINGS = 1024
+"""Different endings of prompts whose tokens are kept; templates have a handful, each a few characters long."""
 
 
 class Tokenizer(Protocol):
@@ -24,13 +25,12 @@ class Tokenizer(Protocol):
     is_fast: bool
     bos_token_id: int | None
     all_special_tokens: list[str]
+    special_tokens_map: dict[str, Any]
     added_tokens_decoder: dict[int, Any]
+    backend_tokenizer: Any
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
         """The rendered text of a conversation."""
-
-    def __call__(self, text: str, **kwargs: Any) -> Any:
-        """Token ids and character offsets of a text."""
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
         """The text of token ids."""
@@ -38,47 +38,93 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Tokens of a text: ids int32 [n] and the characters [start, end) that each came from."""
+    """Tokens of a text, ids int32 [n]; `parts` are (first token, first character, encoding) of texts encoded apart."""
 
     ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    parts: tuple[tuple[int, int, Any], ...]
+
+    def span(self, token: int) -> tuple[int, int]:
+        """The characters [start, end) that a token came from."""
+        first, offset, part = next(part for part in reversed(self.parts) if part[0] <= token)
+        start, end = part.token_to_chars(token - first)
+        return start + offset, end + offset
 
 
 @dataclass(frozen=True)
 class Template:
     """A tokenizer with its resolved chat template, as the server will use them.
 
-    `source` is Jinja text, `kwargs` its variables, `stop_ids` the tokens that end an answer (never empty).
+    `source` is Jinja text, `kwargs` its variables, `stop_ids` the tokens that end an answer (never empty), `date` the day
+    (ISO) that the tokenizer shows to a template that reads the clock, None for any other template.
     """
 
     tokenizer: Tokenizer
     source: str
     kwargs: Mapping[str, Any]
     stop_ids: frozenset[int]
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise DataError("the tokenizer has no fast version (tokenizer.json), so masks cannot be proved; convert it")
-        if "strftime_now" in self.source and "date_string" not in self.kwargs:
+        if self.syntax.reads_clock and self.date is None:
             raise DataError(
                 "the chat template reads the clock (strftime_now), so a run would train other text after midnight; "
-                "write a fixed date, for example template.kwargs: {date_string: '01 Jan 2026'}"
+                "write a fixed day, for example template.date: 2026-01-31"
             )
         if not self.stop_ids:
             raise DataError("no stop token is known; write template.stop_tokens, for example ['<|im_end|>']")
 
-    def text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
-        """The render of these messages, with the generation prompt where `prompt`; raises Refused template-raises."""
+    @cached_property
+    def syntax(self) -> syntax.Syntax:
+        """What the source says of itself."""
+        return syntax.parse(self.source)
+
+    @cached_property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The text of each stop token."""
+        return tuple(self.decode([i]) for i in sorted(self.stop_ids))
+
+    @cached_property
+    def control_ids(self) -> NDArray[np.int32]:
+        """Ids of the tokens at which the tokenizer cuts any text before it looks at the rest."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        cuts = [i for i, token in added if token.special and not (token.normalized or token.single_word)]
+        return np.array(sorted(cuts), np.int32)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        # A tokenizer may list only BOS, EOS and padding as its own special tokens; the vocabulary marks all of them.
+        added = (str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        control = {*self.tokenizer.all_special_tokens, *added, *self.stop_tokens} - {""}
+        return re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
+
+    @cached_property
+    def _backend(self) -> Any:
+        # A tokenizer.json may cut or pad every text by itself, as sentence encoders do.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _endings(self) -> dict[str, NDArray[np.int32]]:
+        return {}
+
+    def text(self, messages: Sequence[Message], conversation: Conversation, prompt: bool) -> str:
+        """The render of these messages with a conversation's tools and variables, with the generation prompt where `prompt`.
+
+        Raises Refused template-raises.
+        """
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     [dict(message.fields) for message in messages],
-                    tools=[dict(tool) for tool in tools] or None,
+                    tools=[dict(tool) for tool in conversation.tools] or None,
                     chat_template=self.source,
                     add_generation_prompt=prompt,
                     tokenize=False,
-                    **self.kwargs,
+                    **{**self.kwargs, **conversation.kwargs},
                 )
             )
         except Exception as error:  # a template may raise anything; it becomes one row's refusal
@@ -86,9 +132,8 @@ class Template:
 
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-        return Encoding(np.array(found["input_ids"], np.int32), offsets[:, 0], offsets[:, 1])
+        found = self._backend.encode(text, add_special_tokens=False)
+        return Encoding(np.array(found.ids, np.int32), ((0, 0, found),))
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""
@@ -96,108 +141,51 @@ class Template:
             self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
+    def vocabulary(self) -> Any:
+        """The tokenizer's own JSON (tokenizer.json): vocabulary, merges, and every rule of cutting text into tokens."""
+        return json.loads(self._backend.to_str())
 
-def render(
-    conversation: Conversation,
-    template: Template,
-    max_length: int,
-    train_on: Literal["assistant", "last_assistant"] = "assistant",
-) -> list[Sample]:
-    """The samples of a conversation: each wanted assistant turn trained once, in the context the server will feed.
+    def tokens_of_prompt(self, encoding: Encoding, prompt: str) -> int | None:
+        """How many tokens at the start of an encoding are exactly the tokens of `prompt` alone, with which its text starts.
 
-    Raises Refused with a code where the template cannot express the conversation, where a mask cannot be proved, or
-    where the sample is longer than `max_length` tokens.
-    """
-    turns = conversation.assistant_turns()
-    turns = turns[-1:] if train_on == "last_assistant" else turns
-    turns = [turn for turn in turns if conversation.messages[turn].train]
-    if not turns:
-        raise Refused("empty-target", "no assistant turn is to be trained; every one says train: false")
-    _refuse_control_tokens(conversation, template)
-    prompts = {turn: template.text(conversation.messages[:turn], conversation.tools, prompt=True) for turn in turns}
-    full = template.text(conversation.messages[: turns[-1] + 1], conversation.tools, prompt=False)
-    encoding = _encode_sample(template, full, prompts[turns[-1]])
-    trained = np.zeros(len(encoding.ids), bool)
-    for turn in turns:
-        first, last = _target(conversation, turn, template, full, prompts[turn], encoding)
-        trained[first : last + 1] = True
-    bos = template.tokenizer.bos_token_id
-    if bos is not None and len(encoding.ids) > 1 and encoding.ids[0] == encoding.ids[1] == bos:
-        raise Refused("double-bos", "the render starts with two BOS tokens; the template must write one at most")
-    if trained[0]:
-        raise Refused("prompt-tokens", "the render starts with an answer; there is no prompt before it", turns[0])
-    if len(encoding.ids) > max_length:
-        raise Refused("overlong", f"{len(encoding.ids)} tokens, more than data.max_length ({max_length})")
-    return [Sample(encoding.ids, trained, tuple(turns))]
+        None where a token of the encoding crosses the prompt's end. Text before a control token is encoded apart from it
+        (tokenizers, AddedVocabulary), so that only what follows the last one in the prompt is encoded again.
+        """
+        controls = np.flatnonzero(np.isin(encoding.ids, self.control_ids))
+        at = bisect_left(controls, len(prompt), key=lambda token: encoding.span(int(token))[1] - 1)
+        first = int(controls[at - 1]) if at else 0
+        ending = prompt[encoding.span(first)[0] if at else 0 :]
+        ids = self._endings.get(ending)
+        if ids is None:
+            ids = self.encode(ending).ids
+            if len(self._endings) < _KEPT_ENDINGS and len(ending) < 64:
+                self._endings[ending] = ids
+        return first + len(ids) if np.array_equal(encoding.ids[first : first + len(ids)], ids) else None
 
+    def encode_apart(self, prompt: str, rest: str) -> Encoding | None:
+        """The tokens of `prompt` followed by those of `rest`, as a server that feeds the prompt alone meets them.
 
-def _encode_sample(template: Template, full: str, prompt: str) -> Encoding:
-    """The tokens that the last turn has in serving: those of its prompt, then those of the rest.
+        None where the tokenizer writes the start of a text otherwise than its middle, so that the parts are not the whole.
+        """
+        head, whole = self.encode(prompt), self.decode(self.encode(prompt + rest).ids)
+        # Behind a stop token, a tokenizer of the SentencePiece kind adds no space to the start of a text.
+        for before in ("", self.stop_tokens[0]):
+            tail = self.encode(before + rest)
+            cut = 1 if before else 0
+            ids = np.concatenate([head.ids, tail.ids[cut:]])
+            if self.decode(ids) == whole:
+                part = (len(head.ids) - cut, len(prompt) - len(before), tail.parts[0][2])
+                return Encoding(ids, (*head.parts, part))
+        return None
 
-    Encoding the whole text at once gives the same wherever no token crosses the border. Where one does (a prompt that
-    ends in a newline before an answer that starts with one), both parts are encoded apart, as the server does.
-    """
-    whole, head = template.encode(full), template.encode(prompt)
-    if not full.startswith(prompt) or np.array_equal(whole.ids[: len(head.ids)], head.ids):
-        return whole
-    rest = template.encode(full[len(prompt) :])
-    ids = np.concatenate([head.ids, rest.ids])
-    if template.decode(ids) != template.decode(whole.ids):
-        return whole  # the tokenizer changes the start of a text, so the parts are not what the server would see
-    shift = len(prompt)
-    return Encoding(ids, np.append(head.starts, rest.starts + shift), np.append(head.ends, rest.ends + shift))
-
-
-def _target(
-    conversation: Conversation, turn: int, template: Template, full: str, prompt: str, encoding: Encoding
-) -> tuple[int, int]:
-    """First and last token of one answer, stop token included; raises Refused where a step of the proof fails."""
-    until = template.text(conversation.messages[: turn + 1], conversation.tools, prompt=False)
-    if not until.startswith(prompt):
-        raise Refused(
-            "unreachable-turn", "the render of the turn does not start with its prompt: " + _differ(prompt, until), turn
-        )
-    if not full.startswith(prompt):
-        raise Refused("not-prefix-stable", "later turns change what stands before this one: " + _differ(prompt, full), turn)
-    head = template.encode(prompt).ids
-    first = len(head)
-    if not np.array_equal(encoding.ids[:first], head):
-        raise Refused("prompt-tokens", "the tokens before the answer are not those of the prompt alone", turn)
-    stops = np.isin(encoding.ids[first:], list(template.stop_ids)) & (encoding.ends[first:] <= len(until))
-    if not stops.any():
-        shown = template.decode(encoding.ids[first:])[-60:]
-        raise Refused("no-stop", f"no stop token after the answer; the render ends {shown!r}", turn)
-    last = first + int(stops.argmax())
-    end = int(encoding.ends[last])
-    if full[:end] != until[:end]:
-        raise Refused("not-prefix-stable", "later turns change this answer: " + _differ(until[:end], full[:end]), turn)
-    answer = full[len(prompt) : int(encoding.starts[last])]
-    for text in conversation.messages[turn].texts():
-        if not any(form in answer for form in (text.strip(), *_escaped(text.strip()))):
-            raise Refused("dropped-content", f"the template does not render {text.strip()[:60]!r} in this answer", turn)
-    return first, last
-
-
-def _refuse_control_tokens(conversation: Conversation, template: Template) -> None:
-    """Raises Refused where a message holds the text of a special token, which would end or forge a turn."""
-    # A tokenizer may list only BOS, EOS and padding as its own special tokens; the vocabulary marks all of them.
-    added = (str(token.content) for token in template.tokenizer.added_tokens_decoder.values() if token.special)
-    stops = (template.decode([i]) for i in template.stop_ids)
-    control = {*template.tokenizer.all_special_tokens, *added, *stops}
-    for turn, message in enumerate(conversation.messages):
-        for text in [*message.texts(), str(message.fields.get("name", ""))]:
-            for token in control:
-                if token and token in text:
-                    raise Refused("control-token-in-content", f"the text holds the control token {token!r}", turn)
-
-
-def _escaped(text: str) -> tuple[str, str]:
-    """How a string looks inside JSON, with and without ASCII escapes; templates print tool arguments so."""
-    return json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _differ(expected: str, found: str) -> str:
-    """Both strings around their first difference."""
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-    left = max(0, at - 20)
-    return f"at character {at} expected {expected[left : at + 30]!r}, found {found[left : at + 30]!r}"
+    def refuse_control_tokens(self, conversation: Conversation) -> None:
+        """Raises Refused where a message holds the text of a special token, which would end or forge a turn."""
+        for turn, message in enumerate(conversation.messages):
+            for text in message.texts():
+                found = self._control.search(text)
+                if found:
+                    raise Refused(
+                        "control-token-in-content",
+                        f"the text holds the control token {found[0]!r}, which a server would read as one; take it out",
+                        turn,
+                    )

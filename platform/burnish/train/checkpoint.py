@@ -3,6 +3,7 @@
     checkpoints/step-00000050/
         weights.safetensors     the trained weights, gathered: all of them, or the adapter
         engine/state/           DeepSpeed's sharded optimizer state
+        contract.json           the template contract of the run
         manifest.json           written last: step, cursor, workers, contract, size and sha256 of every file
 
 A folder is written under a hidden name and renamed when its manifest stands. Nothing is loaded that its manifest does

@@ -116,7 +116,10 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
         contract = prepared.contract
         tags = {
             "template.source_sha256": contract.source_sha256,
+            "template.syntax_sha256": contract.syntax_sha256,
             "template.behaviour_sha256": contract.behaviour_sha256,
+            "template.tokenizer_sha256": contract.tokenizer_sha256,
+            "contract.sha256": contract.sha256(),
         }
         data = digests(prepared)
         tags |= {"model.sha256": data.pop("model")} if "model" in data else {}

@@ -62,6 +62,10 @@ class Ledger:
                 self._append("refused.jsonl", refusal)
         check_refused(Counter(self.seen.values()), self.max_refused_rows, str(self.folder / "refused.jsonl"))
 
+    def refused(self) -> dict[str, float]:
+        """Rows refused so far, by code, as metrics."""
+        return {f"data/refused/{code}": float(count) for code, count in Counter(self.seen.values()).items()}
+
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         try:
             with open(self.folder / name, "a") as file:

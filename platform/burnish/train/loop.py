@@ -1,6 +1,7 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,9 @@ def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
     folder, keep = attempt.run_folder / "checkpoints", attempt.recipe.checkpoint.keep
     with checkpoint.writing(folder, progress, keep, attempt.behaviour_sha256) as partial:
         ds.save_state(engine, partial / "engine")
-        ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": attempt.behaviour_sha256})
+        ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": f"sha256:{attempt.behaviour_sha256}"})
+        if dist.get_rank() == 0:
+            shutil.copy(attempt.run_folder / "contract.json", partial)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -198,7 +201,7 @@ class Records:
     def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:
         """One trained step."""
         self._ledger.record(step, meta, metrics["train/loss"], metrics)
-        self._tracker.log(metrics, step)
+        self._tracker.log({**metrics, **(self._ledger.refused() if meta.refused else {})}, step)
 
     def refuse(self, meta: StepMeta) -> None:
         """Rows that were refused where no step was trained."""

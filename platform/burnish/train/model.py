@@ -1,5 +1,6 @@
 """The model of a recipe: its folder checked, its tokenizer and template, its weights with or without adapters."""
 
+import datetime
 import hashlib
 import json
 import struct
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from burnish.config import LoraSpec, Recipe
+from burnish.data import syntax
 from burnish.data.template import Template
 from burnish.errors import DataError, RecipeError
 
@@ -97,16 +100,41 @@ def model_digest(recipe: Recipe) -> str | None:
     return digest.hexdigest()
 
 
-def load_template(recipe: Recipe) -> Template:
+class _DatedTokenizer:
+    """A tokenizer whose templates see a fixed day where they read the clock (`strftime_now`)."""
+
+    def __init__(self, tokenizer: Any, date: datetime.date) -> None:
+        self._tokenizer, self._date = tokenizer, date
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
+        """The render of the tokenizer's own method, with the fixed day."""
+        # transformers gives every compiled template its own clock, and a variable of that name cannot be a function.
+        compiled = _compile_jinja_template(kwargs["chat_template"])
+        compiled.globals["strftime_now"] = self._date.strftime
+        return self._tokenizer.apply_chat_template(conversation, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # pickle asks before there is a tokenizer to ask
+        return getattr(self._tokenizer, name)
+
+
+def load_template(recipe: Recipe, date: str | None = None) -> Template:
     """The tokenizer with the resolved chat template and stop tokens that serving will use.
 
+    `date` is the day (ISO) of a run that was started before, shown where the template reads the clock.
     Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(_place(recipe), revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {_line(error)}") from None
-    return Template(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer))
+    source, stop_ids = _source(recipe, tokenizer), _stop_ids(recipe, tokenizer)
+    if not syntax.parse(source).reads_clock:
+        return Template(tokenizer, source, recipe.template.kwargs, stop_ids)
+    known = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    day = recipe.template.date or known
+    return Template(_DatedTokenizer(tokenizer, day), source, recipe.template.kwargs, stop_ids, day.isoformat())
 
 
 def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":

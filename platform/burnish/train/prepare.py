@@ -1,17 +1,18 @@
 """Everything that can be checked before a worker starts, and the run folder that says what a run was started from."""
 
 import errno
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from burnish.config import Recipe, differences, load
 from burnish.data import pipeline, sources
-from burnish.data.contract import Contract
+from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
 from burnish.data.template import Template
 from burnish.errors import DataError, InfrastructureError, RecipeError
@@ -19,6 +20,8 @@ from burnish.train.attempt import STOP_FILE
 from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, load_template, model_digest
 
+CONTRACT_ROWS = 64
+"""Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "template.path")
@@ -39,24 +42,40 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing."""
     check_model(recipe)
-    template = load_template(recipe)
+    template = load_template(recipe, _started_on(recipe.run_folder()))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
-    for name, index in (("data.train", train_index), ("data.eval", eval_index)):
-        if index is not None:
-            _check_head(name, index, template, recipe)
-    return Prepared(recipe, template, Contract.of(template), train_index, eval_index)
+    head = _read_head("data.train", train_index, template, recipe)
+    if eval_index is not None:
+        _read_head("data.eval", eval_index, template, recipe)
+    masks = {"rows": head.rows, "refused": dict(head.codes), "tokens": head.tokens, "trained_tokens": head.trained}
+    return Prepared(recipe, template, Contract.of(template, masks, head.digests), train_index, eval_index)
 
 
-def _check_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> None:
+@dataclass
+class _Head:
+    """What the first rows of the files gave: counts, and the sha256 of tokens and mask of the first `CONTRACT_ROWS`."""
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def _read_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> _Head:
     """Renders the first rows of each file; raises DataError where none can be trained or too many are refused."""
+    head = _Head()
     for file in dict.fromkeys(window.name for window in index.windows):
         windows = [window for window in index.windows if window.name == file]
         heads = ((window, position, row) for window in windows for position, row in sources.read(window))
-        _check_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe)
+        _read_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe, head)
+    return head
 
 
-def _check_rows(name: str, heads: Iterable[tuple[sources.Window, int, Any]], template: Template, recipe: Recipe) -> None:
+def _read_rows(
+    name: str, heads: Iterable[tuple[sources.Window, int, Any]], template: Template, recipe: Recipe, head: _Head
+) -> None:
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
@@ -64,11 +83,19 @@ def _check_rows(name: str, heads: Iterable[tuple[sources.Window, int, Any]], tem
         rows += 1
         place = window.row_name(position)
         try:
-            pipeline.render_row(row, place, template, recipe)
+            samples = pipeline.render_row(row, place, template, recipe)
         except Refused as refusal:
             codes[refusal.code] += 1
             if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
                 first = (place, refusal)
+            continue
+        head.tokens += sum(map(len, samples))
+        head.trained += sum(int(sample.trained.sum()) for sample in samples)
+        if len(head.digests) < CONTRACT_ROWS:
+            parts = [part.tobytes() for sample in samples for part in (sample.input_ids, sample.trained)]
+            head.digests[place] = hashlib.sha256(b"".join(parts)).hexdigest()
+    head.rows += rows
+    head.codes += codes
     if first is None:
         return
     place, shown = first
@@ -92,12 +119,27 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
     if was != digests(prepared):
         odd = ", ".join(key for key in {**was, **digests(prepared)} if was.get(key) != digests(prepared).get(key))
         raise DataError(f"name: files of run {recipe.name!r} have changed since it was started ({odd}). Choose a new name")
-    contract = Contract.from_json((folder / "contract.json").read_text())
-    if contract.behaviour_sha256 != prepared.contract.behaviour_sha256:
+    changed = difference(read_contract(folder), prepared.contract)
+    if changed is not None:
         raise DataError(
-            f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start. "
-            "Choose a new name"
+            f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start: {changed}. "
+            "Put the old one back, or choose a new name"
         )
+
+
+def read_contract(folder: Path) -> Contract:
+    """The contract.json of a folder; raises DataError where there is none or it is none."""
+    try:
+        return Contract.from_json((folder / "contract.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: has no contract.json, so nobody knows which template it was trained with") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'contract.json'}: is no contract that this version reads: {error}") from None
+
+
+def _started_on(folder: Path) -> str | None:
+    """The day that the template of a run shows which was started before; None where it shows none."""
+    return read_contract(folder).date if _has_trained(folder) else None
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -143,8 +185,8 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
         return
     try:
         (folder / "mlflow.json").unlink(missing_ok=True)
-        (folder / "contract.json").write_text(prepared.contract.to_json())
-        (folder / "chat_template.jinja").write_text(prepared.contract.template)
+        (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
         write_json(folder / "data.json", digests(prepared))
         replace_text(folder / "recipe.yaml", prepared.recipe.located().to_yaml())
     except OSError as error:

@@ -1,207 +1,53 @@
-"""Masks, byte for byte, on two template families; and every refusal with its code and turn."""
+"""A template with its tokenizer: what makes it unusable, and its tokens."""
 
+import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
-from burnish.data.conversation import Conversation, Refused
-from burnish.data.template import Template, render
+from burnish.data.template import Template
 from burnish.errors import DataError
-from tests.conftest import CHATML, LLAMA3, QWEN3_HISTORY, make_tokenizer
-
-U, A, S = "user", "assistant", "system"
+from tests.conftest import CHATML, make_tokenizer
 
 
-def template(source: str) -> Template:
-    tokenizer = make_tokenizer(source)
-    return Template(tokenizer, source, {}, frozenset([tokenizer.eos_token_id]))
-
-
-CHATML_TEMPLATE, LLAMA3_TEMPLATE = template(CHATML), template(LLAMA3)
-
-
-def talk(*messages, **more):
-    return Conversation.parse({"messages": [{"role": r, "content": c} for r, c in messages], **more})
-
-
-def marked(sample, source: Template) -> str:
-    """The text of a sample with trained runs between {+ and +}."""
-    text, inside = "", False
-    for token, trained in zip(sample.input_ids, sample.trained, strict=True):
-        text += ("{+" if trained else "+}") if trained != inside else ""
-        text, inside = text + source.decode([token]), trained
-    return text + ("+}" if inside else "")
-
-
-SHAPES = {
-    "one turn": [(U, "Hi"), (A, "Hello.")],
-    "system": [(S, "Be brief."), (U, "Hi"), (A, "Hello.")],
-    "three turns": [(U, "a"), (A, "b"), (U, "c"), (A, "d"), (U, "e"), (A, "f")],
-    "brackets": [(U, "list"), (A, "[[1, 2], [3]]")],
-    "same answers": [(U, "x"), (A, "yes"), (U, "x"), (A, "yes")],
-    "unfinished": [(U, "a"), (A, "b"), (U, "c")],
-}
-
-
-def chatml(messages, trained=lambda turn: True) -> str:
-    out = ""
-    for turn, (role, content) in enumerate(messages):
-        body = f"{{+{content}<|im_end|>+}}" if role == A and trained(turn) else f"{content}<|im_end|>"
-        out += f"<|im_start|>{role}\n{body}\n"
-    return out
-
-
-def llama3(messages, trained=lambda turn: True) -> str:
-    out = "<|begin|>"
-    for turn, (role, content) in enumerate(messages):
-        body = f"{{+{content}<|eot_id|>+}}" if role == A and trained(turn) else f"{content}<|eot_id|>"
-        out += f"<|start_header_id|>{role}<|end_header_id|>\n\n{body}"
-    return out
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("source", "expected"), [(CHATML_TEMPLATE, chatml), (LLAMA3_TEMPLATE, llama3)], ids=["chatml", "llama3"]
-)
-def test_exactly_the_answers_and_their_stop_tokens_are_trained(shape, source, expected):
-    messages = SHAPES[shape]
-    (sample,) = render(talk(*messages), source, 256)
-    kept = messages[:-1] if messages[-1][0] == U else messages  # nothing is rendered after the last answer
-    assert marked(sample, source) == expected(kept)
-    assert sample.turns == tuple(turn for turn, (role, _) in enumerate(kept) if role == A)
-
-
-def test_the_labels_of_a_small_conversation_token_by_token():
-    (sample,) = render(talk((U, "Hi"), (A, "ok")), CHATML_TEMPLATE, 256)
-    ids = sample.input_ids.tolist()
-    tokens = [CHATML_TEMPLATE.decode([i]) for i in ids]
-    text = "".join(tokens)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
-    labels = sample.labels().tolist()
-    kept = [i for i, label in enumerate(labels) if label != -100]
-    assert "".join(tokens[i] for i in kept) == "ok<|im_end|>"
-    assert kept == list(range(kept[0], kept[-1] + 1)) and len(ids) - 1 == kept[-1] + 1
-    assert [labels[i] for i in kept] == [ids[i] for i in kept]
-
-
-def test_train_on_last_assistant_and_train_false():
-    messages = SHAPES["three turns"]
-    (sample,) = render(talk(*messages), CHATML_TEMPLATE, 256, "last_assistant")
-    assert marked(sample, CHATML_TEMPLATE) == chatml(messages, trained=lambda turn: turn == 5)
-    row = {"messages": [{"role": r, "content": c, "train": c != "d"} for r, c in messages]}
-    (sample,) = render(Conversation.parse(row), CHATML_TEMPLATE, 256)
-    assert marked(sample, CHATML_TEMPLATE) == chatml(messages, trained=lambda turn: turn in (1, 5))
-    assert sample.turns == (1, 5)
-
-
-def test_an_answer_that_merges_with_its_prompt_is_encoded_as_the_server_does():
-    # "\n" of the prompt and "\n\n" of the answer are one token when encoded together; the server never sees that token.
-    (sample,) = render(talk((U, "Hi"), (A, "\n\nok")), CHATML_TEMPLATE, 256)
-    prompt_text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    prompt = CHATML_TEMPLATE.encode(prompt_text).ids.tolist()
-    whole = CHATML_TEMPLATE.encode(prompt_text + "\n\nok<|im_end|>\n").ids.tolist()
-    assert whole[: len(prompt)] != prompt, "without a merge this test shows nothing"
-    assert sample.input_ids[: len(prompt)].tolist() == prompt
-    assert marked(sample, CHATML_TEMPLATE) == chatml([(U, "Hi"), (A, "\n\nok")])
-
-
-def test_an_earlier_answer_that_merges_with_its_prompt_is_refused():
-    with pytest.raises(Refused) as refusal:
-        render(talk((U, "Hi"), (A, "\n\nok"), (U, "And"), (A, "fine")), CHATML_TEMPLATE, 256)
-    assert (refusal.value.code, refusal.value.turn) == ("prompt-tokens", 1)
-
-
-def test_tool_calls_and_reasoning_are_trained_and_tool_results_are_not():
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": 'Zürich "x"'}}}
-    row = {
-        "messages": [
-            {"role": U, "content": "Weather?"},
-            {"role": A, "content": "", "reasoning_content": "look it up", "tool_calls": [call]},
-            {"role": "tool", "content": "12 degrees", "tool_call_id": "1"},
-            {"role": A, "content": "It is 12."},
-        ],
-        "tools": [{"type": "function", "function": {"name": "get_weather"}}],
-    }  # fmt: skip
-    (sample,) = render(Conversation.parse(row), CHATML_TEMPLATE, 512)
-    text = marked(sample, CHATML_TEMPLATE)
-    assert text.count("{+") == 2
-    assert "{+<think>look it up</think>" in text and "get_weather" in text.split("{+")[1].split("+}")[0]
-    assert "<|im_start|>tool\n12 degrees<|im_end|>" in text
-    assert "{+It is 12.<|im_end|>+}" in text
-
-
-@pytest.mark.parametrize(
-    ("messages", "source", "code", "turn"),
-    [
-        ([(U, "a"), (A, "b<|im_end|>c")], CHATML, "control-token-in-content", 1),
-        ([(U, "x<|im_start|>system"), (A, "b")], CHATML, "control-token-in-content", 0),
-        ([(U, "a"), (A, "b")], CHATML.replace("'<|im_end|>\n' }}{%- endfor", "'\n' }}{%- endfor"), "no-stop", 1),
-        ([(U, "a"), (A, "b")], CHATML.replace("assistant\n", "assistant:"), "unreachable-turn", 1),
-        ([(U, "a"), (A, "Long answer")], CHATML.replace("{{- m.content }}", "{{- m.content[:4] }}"), "dropped-content", 1),
-        ([(U, "a"), (A, "b")], "{{ raise_exception('no') }}", "template-raises", 0),
-        ([(U, "a"), (A, "b")], "{{ 1 // 0 }}", "template-raises", 0),
-        ([(U, "a"), (A, "b")], LLAMA3.replace("{{- bos_token }}", "{{- bos_token + bos_token }}"), "double-bos", None),
-        ([(U, "word " * 300), (A, "b")], CHATML, "overlong", None),
-    ],
-)
-def test_what_cannot_be_proved_is_refused_with_code_and_turn(messages, source, code, turn):
-    with pytest.raises(Refused) as refusal:
-        render(talk(*messages), template(source), 256)
-    assert (refusal.value.code, refusal.value.turn) == (code, turn), refusal.value.message
-
-
-def test_a_template_that_rewrites_history_is_refused_and_shows_the_difference():
-    row = {
-        "messages": [
-            {"role": U, "content": "a"},
-            {"role": A, "content": "b", "reasoning_content": "hm"},
-            {"role": U, "content": "c"},
-            {"role": A, "content": "d"},
-        ]
-    }
-    with pytest.raises(Refused) as refusal:
-        render(Conversation.parse(row), template(QWEN3_HISTORY), 256)
-    assert (refusal.value.code, refusal.value.turn) == ("not-prefix-stable", 1)
-    assert "<think>hm" in refusal.value.message
-
-
-def test_reasoning_that_the_template_ignores_is_refused():
-    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "reasoning_content": "hm"}]}
-    with pytest.raises(Refused) as refusal:
-        render(Conversation.parse(row), LLAMA3_TEMPLATE, 256)
-    assert (refusal.value.code, refusal.value.turn) == ("dropped-content", 1)
-
-
-def test_a_row_in_which_every_answer_says_train_false_is_refused():
-    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "train": False}]}
-    with pytest.raises(Refused, match="empty-target"):
-        render(Conversation.parse(row), CHATML_TEMPLATE, 256)
-
-
-def test_tool_arguments_are_trained_as_servers_render_them():
-    # The OpenAI shape has the arguments as JSON text; a server decodes it before its template prints it.
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Paris"}'}}
-    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": None, "tool_calls": [call]}]}
-    (sample,) = render(Conversation.parse(row), CHATML_TEMPLATE, 256)
-    assert '"arguments": {"city": "Paris"}' in marked(sample, CHATML_TEMPLATE)
-
-
-def test_control_tokens_that_only_the_vocabulary_knows_are_refused_too():
-    vocabulary = make_tokenizer(LLAMA3).backend_tokenizer
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, bos_token="<|begin|>", eos_token="<|eot_id|>")
-    assert "<|start_header_id|>" not in tokenizer.all_special_tokens
-    source = Template(tokenizer, LLAMA3, {}, frozenset([tokenizer.eos_token_id]))
-    with pytest.raises(Refused, match="control-token-in-content"):
-        render(talk((U, "a"), (A, "b<|start_header_id|>user")), source, 256)
-
-
-def test_a_template_that_reads_the_clock_needs_a_fixed_date():
-    source = "{{ date_string or strftime_now('%d %b %Y') }}" + CHATML
+def test_a_template_that_reads_the_clock_needs_a_fixed_day():
+    source = "{{ strftime_now('%d %b %Y') }}" + CHATML
     tokenizer = make_tokenizer(CHATML)
-    with pytest.raises(DataError, match="date_string"):
+    with pytest.raises(DataError, match=r"template\.date"):
         Template(tokenizer, source, {}, frozenset([2]))
-    assert Template(tokenizer, source, {"date_string": "01 Jan 2026"}, frozenset([2]))
+    assert Template(tokenizer, source, {}, frozenset([2]), "2026-01-31")
 
 
 def test_a_template_without_stop_tokens_is_refused():
     with pytest.raises(DataError, match="stop_tokens"):
         Template(make_tokenizer(CHATML), CHATML, {}, frozenset())
+
+
+def test_a_template_that_is_no_jinja_is_refused_with_its_line():
+    with pytest.raises(DataError, match=r"no Jinja: .*line 2"):
+        Template(make_tokenizer(CHATML), "\n{% if %}", {}, frozenset([2]))
+
+
+def test_a_slow_tokenizer_is_refused():
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        Template(tokenizer, CHATML, {}, frozenset([1]))
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here():
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    template = Template(tokenizer, CHATML, {}, frozenset([2]))
+    text = "one two three four five six seven"
+    assert template.decode(template.encode(text).ids) == text
+
+
+def test_prompt_tokens_found_at_the_end_alone_are_those_of_the_whole_prompt():
+    template = Template(make_tokenizer(CHATML), CHATML, {}, frozenset([2]))
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n"
+    encoding = template.encode(text)
+    for end in range(1, len(text)):
+        alone = template.encode(text[:end]).ids
+        same = len(alone) if np.array_equal(encoding.ids[: len(alone)], alone) else None
+        assert template.tokens_of_prompt(encoding, text[:end]) == same, text[:end]

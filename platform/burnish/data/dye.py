@@ -1,0 +1,221 @@
+"""The second proof of a mask: which text of which message every rendered character came from.
+
+The conversation is rendered once more with each text dyed: its letters replaced by one letter that stands nowhere else,
+another one for each text. A template that only places, trims, splits or quotes texts gives a render of the same length,
+and where the dye shows, the character of the plain render belongs to that text. Nothing of this looks at prompts, stop
+tokens or tokens, on which the first proof rests.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from burnish.data.conversation import Message, Refused
+
+_SCRIPTS = ((0xA000, 1165), (0x3400, 6592), (0xAC00, 11172), (0x4E00, 20992))
+"""First letter and number of letters of Yi, two CJK blocks and Hangul (Unicode 16, Blocks.txt): letters without case, which
+templates trim, match and quote as they do any other letter."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of one message, and which of its characters were dyed (bool, as long as the text)."""
+
+    turn: int
+    role: str
+    text: str
+    dyed: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A render and for each of its characters the number of the text that it came from, -1 for the template's own.
+
+    Invariant: `owner` int32 and `points` uint32 (code points of the render) are as long as the render.
+    """
+
+    points: NDArray[np.uint32]
+    owner: NDArray[np.int32]
+    texts: tuple[Text, ...]
+
+    def last_owned(self) -> tuple[int, int]:
+        """Position and owner of the last character that came from a message; (-1, -1) where there is none."""
+        owned = np.flatnonzero(self.owner >= 0)
+        return (int(owned[-1]), int(self.owner[owned[-1]])) if len(owned) else (-1, -1)
+
+    def followed_by(self, other: "Trace", start: int) -> "Trace":
+        """This render followed by another one of the same conversation from its character `start` on."""
+        points, owner = np.append(self.points, other.points[start:]), np.append(self.owner, other.owner[start:])
+        return Trace(points, owner, max(self.texts, other.texts, key=len))
+
+    def padded(self, text: str) -> "Trace":
+        """This render with text of the template's own behind it."""
+        return Trace(
+            np.append(self.points, _points(text)), np.append(self.owner, np.full(len(text), -1, np.int32)), self.texts
+        )
+
+    def check_answer(self, turn: int, start: int, end: int) -> None:
+        """Raises Refused unless characters [start, end) hold every text of this message whole, and no other message's."""
+        inside = self.owner[start:end]
+        turns = np.array([text.turn for text in self.texts], np.int32)
+        foreign = np.flatnonzero((inside >= 0) & (turns[inside] != turn))
+        if len(foreign):
+            other = int(turns[inside[foreign[0]]])
+            shown = self.shown(start + int(foreign[0]))
+            raise Refused("foreign-text", f"the template puts text of message {other} into this answer: {shown}", turn)
+        for number, text in enumerate(self.texts):
+            if text.turn != turn or self._holds(number, start, end):
+                continue
+            if self._holds(number, 0, len(self.owner)):
+                raise Refused(
+                    "uncovered", f"the answer goes on behind its stop token: {_short(text)} is not all before it", turn
+                )
+            raise Refused("dropped-content", f"the template does not render {_short(text)} in this answer as it is", turn)
+
+    def check_context(self, turn: int) -> None:
+        """Raises Refused where what somebody else than the model said before this turn is not in the render."""
+        for number, text in enumerate(self.texts):
+            if text.turn < turn and text.role != "assistant" and not self._holds(number, 0, len(self.owner)):
+                raise Refused(
+                    "dropped-content", f"the template does not render {_short(text)}, so a server drops it", text.turn
+                )
+
+    def shown(self, at: int) -> str:
+        """The render around a character."""
+        return repr(_text(self.points[max(0, at - 20) : at + 30]))
+
+    def _holds(self, number: int, start: int, end: int) -> bool:
+        """Whether characters [start, end) hold this text, letter by letter in its order, once or several times."""
+        text = self.texts[number]
+        letters = _points(text.text)[text.dyed]
+        if not len(letters):
+            return text.text.strip() in _text(self.points[start:end])
+        found = self.points[start:end][self.owner[start:end] == number]
+        times, rest = divmod(len(found), len(letters))
+        return times > 0 and rest == 0 and bool((found.reshape(times, -1) == letters).all())
+
+
+def trace(
+    messages: Sequence[Message], plain: str, literals: Sequence[str], draw: Callable[[Sequence[Message]], str]
+) -> Trace:
+    """Where each character of the render `plain` of these messages came from; `draw` renders other messages alike.
+
+    `literals` are the template's string constants: a template may look for them in a text and then do something else, so
+    they stay as they are. Raises Refused untraceable where the render depends on other letters too.
+    """
+    points = _points(plain)
+    found = [(turn, text) for turn, message in enumerate(messages) for text in _texts(message.fields)]
+    first = _unused_letters(points, len(found))
+    everything = "\0".join(text for _, text in found)
+    kept = [literal for literal in literals if literal in everything]
+    # A template that quotes or compares what is neither letter nor digit gets those undyed at the second try.
+    for dyeable in (_visible(), _alphanumeric()):
+        texts = tuple(Text(turn, messages[turn].role, text, _dyed(text, kept, dyeable)) for turn, text in found)
+        brush = iter(range(len(texts)))
+
+        def paint(_: str, texts: tuple[Text, ...] = texts, brush: Iterator[int] = brush) -> str:
+            number = next(brush)
+            return _text(np.where(texts[number].dyed, first + number, _points(texts[number].text)))
+
+        painted = [Message(_each_text(message.fields, paint), message.train) for message in messages]
+        try:
+            dyed = _points(draw(painted))
+        except Refused:
+            continue
+        if len(dyed) == len(points):
+            owner = dyed.astype(np.int32) - first
+            owner[(owner < 0) | (owner >= len(texts))] = -1
+            if bool((dyed == points)[owner < 0].all()):
+                return Trace(points, owner, texts)
+    raise Refused(
+        "untraceable",
+        "the render changes with the letters of the text, so it cannot be shown where its characters come from",
+        len(messages) - 1,
+    )
+
+
+def _texts(fields: Mapping[str, Any]) -> list[str]:
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    _each_text(fields, note)
+    return found
+
+
+def _each_text(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The fields of a message with every text that a template shows changed: content, reasoning, names and arguments."""
+    out = dict(fields)
+    for key in ("content", "reasoning_content"):
+        if fields.get(key):
+            out[key] = change(fields[key])
+    if fields.get("tool_calls"):
+        out["tool_calls"] = [_each_text_of_call(call, change) for call in fields["tool_calls"]]
+    return out
+
+
+def _each_text_of_call(call: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    function = call.get("function", call)
+    changed = {**function, "name": change(function["name"]), "arguments": _each_string(function["arguments"], change)}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """The arguments of a tool call with every string in them changed; names of arguments stay, since templates sort them."""
+    if isinstance(value, str):
+        return change(value) if value else value
+    if isinstance(value, Mapping):
+        return {key: _each_string(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_string(item, change) for item in value]
+    return value
+
+
+def _dyed(text: str, literals: Sequence[str], dyeable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which characters of a text are dyed: those of the table that are no part of a literal."""
+    dyed = dyeable[_points(text)]
+    for literal in literals:
+        at = text.find(literal)
+        while at >= 0:
+            dyed[at : at + len(literal)] = False
+            at = text.find(literal, at + 1)
+    return dyed
+
+
+def _unused_letters(points: NDArray[np.uint32], count: int) -> int:
+    """The first of `count` letters in a row that do not stand in a render."""
+    for first, size in _SCRIPTS:
+        if count <= size and not bool(((points >= first) & (points < first + count)).any()):
+            return first
+    raise Refused("untraceable", f"no script has {count} letters that this conversation does not use itself")
+
+
+@cache
+def _visible() -> NDArray[np.bool_]:
+    """For each code point, whether JSON and Python's repr both write it as one character as it is."""
+    table = np.array([chr(point).isprintable() for point in range(0x110000)])
+    table[[ord(character) for character in " \"'\\"]] = False
+    return table
+
+
+@cache
+def _alphanumeric() -> NDArray[np.bool_]:
+    return np.array([chr(point).isalnum() for point in range(0x110000)])
+
+
+def _points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _text(points: NDArray[Any]) -> str:
+    return points.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def _short(text: Text) -> str:
+    return repr(text.text if len(text.text) <= 60 else text.text[:57] + "...")

@@ -1,0 +1,87 @@
+"""Fixed conversations that reach the branches in which chat templates differ; the contract renders each of them."""
+
+from typing import Any
+
+
+def _says(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def _talk(*contents: str) -> list[dict[str, Any]]:
+    return [_says("assistant" if turn % 2 else "user", content) for turn, content in enumerate(contents)]
+
+
+def _call(number: int, name: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _result(number: int, content: str) -> dict[str, Any]:
+    return _says("tool", content, tool_call_id=f"call0000{number}", name="look_up")
+
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Finds a word.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "word": {"type": "string", "description": "The word."},
+                "limit": {"type": "integer", "default": 3},
+                "order": {"type": "string", "enum": ["up", "down"]},
+                "tags": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": ["word"],
+        },
+    },
+}
+_ASKED = _says("user", "What does burnish mean?")
+_CALLED = _says("assistant", "", tool_calls=[_call(1, "look_up", word="burnish", limit=1)])
+_TOLD = _result(1, '{"meaning": "to polish"}')
+
+PROBES: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": _talk("Hi", "Hello.")},
+    "system": {"messages": [_says("system", "Be brief."), *_talk("What is 2 + 2?", "4")]},
+    "developer": {"messages": [_says("developer", "Be brief."), *_talk("What is 2 + 2?", "4")]},
+    "two systems": {"messages": [_says("system", "Be brief."), _says("system", "Be kind."), *_talk("Hi", "Hello.")]},
+    "late system": {"messages": [*_talk("Hi", "Hello."), _says("system", "Be brief."), *_talk("And now?", "Bye.")]},
+    "three turns": {"messages": _talk("a", "b", "c", "d", "e", "f")},
+    "spaces": {"messages": _talk(" a\n\nb ", "\n\nYes. ", "\tSure?\n", " No")},
+    "brackets": {"messages": _talk("List", "[[1, 2]]", "{}", '{"a": "b"}')},
+    "scripts": {"messages": _talk("Grüße 👋 e\u0301", "你好, مرحبا", "½ ﬁ", "ok")},
+    "code": {"messages": _talk("Show code", "```python\nprint('a < b & c')\n```")},
+    "no content": {"messages": _talk("Say nothing", "", "Again", "Done")},
+    "reasoning": {"messages": [*_talk("Why?"), _says("assistant", "Because.", reasoning_content="Let me think.")]},
+    "reasoning in history": {
+        "messages": [
+            *_talk("Why?"), _says("assistant", "Because.", reasoning_content="Let me think."),
+            *_talk("Sure?"), _says("assistant", "Ok", reasoning_content="Short."),
+        ]
+    },
+    "reasoning in content": {"messages": _talk("Why?", "<think>\nHm.\n</think>\n\nBecause.", "Sure?", "Ok")},
+    "tools unused": {"messages": _talk("Hi", "Hello."), "tools": [_TOOL]},
+    "tools and system": {"messages": [_says("system", "Be brief."), *_talk("Hi", "Hello.")], "tools": [_TOOL]},
+    "tool call": {"messages": [_ASKED, _CALLED], "tools": [_TOOL]},
+    "tool result": {
+        "messages": [_ASKED, _CALLED, _TOLD, _says("assistant", "To polish."), *_talk("Thanks", "Welcome.")],
+        "tools": [_TOOL],
+    },
+    "two tool calls": {
+        "messages": [
+            _ASKED,
+            _says("assistant", "Both.", tool_calls=[_call(1, "look_up", word="a"), _call(2, "look_up", tags=["x", "y"])]),
+            _TOLD, _result(2, "nothing"), _says("assistant", "Here."),
+        ],
+        "tools": [_TOOL],
+    },
+    "reasoning and tool": {
+        "messages": [
+            _ASKED, {**_CALLED, "reasoning_content": "Look it up."},
+            _TOLD, _says("assistant", "To polish.", reasoning_content="Found."),
+        ],
+        "tools": [_TOOL],
+    },
+    "no tools listed": {"messages": [_ASKED, _CALLED, _TOLD, _says("assistant", "To polish.")]},
+}  # fmt: skip
+"""Each a row in `messages` form, by name."""
