@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe_verb("sweep", _sweep, "Search the recipe's sweep.space with Ray Tune.")
     preview = recipe_verb("preview", _preview, "Show what is trained in each row and what is not.")
     preview.add_argument("--json", action="store_true", help="one JSON object for each row")
+    preview.add_argument("--html", metavar="FILE", type=Path, help="one web page with every token and its mask")
     preview.add_argument("--limit", type=_count, default=None, metavar="N", help="only the first N rows")
     plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
     plan.add_argument("--json", action="store_true", help="one JSON object")
@@ -118,10 +119,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
+    from burnish.page import write
     from burnish.preview import rows, show
 
     recipe = _recipe(arguments)
-    if arguments.json:
+    if arguments.html:
+        write(recipe, 100 if arguments.limit is None else arguments.limit, arguments.html)
+        print(arguments.html)
+    elif arguments.json:
         for row in rows(recipe, arguments.limit):
             print(json.dumps(row.to_json(), ensure_ascii=False))
     else:

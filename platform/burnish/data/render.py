@@ -156,8 +156,8 @@ class _Scene:
         return first, last
 
     def _first_stop(self, encoding: Encoding, first: int) -> int | None:
-        stops = np.flatnonzero(np.isin(encoding.ids[first:], list(self.template.stop_ids)))
-        return first + int(stops[0]) if len(stops) else None
+        at = int(np.searchsorted(encoding.stops, first))
+        return int(encoding.stops[at]) if at < len(encoding.stops) else None
 
     def _check_whole(self, row: _Row, turn: int, first: int, last: int) -> None:
         """The second proof: raises Refused unless tokens [first, last) hold the whole answer, and nobody else's text."""

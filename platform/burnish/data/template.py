@@ -3,7 +3,7 @@
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -38,9 +38,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Tokens of a text, ids int32 [n]; `parts` are (first token, first character, encoding) of texts encoded apart."""
+    """Tokens of a text, ids int32 [n]; `cuts` are the positions of control tokens, `stops` those of stop tokens.
+
+    `parts` are (first token, first character, encoding) of texts encoded apart.
+    """
 
     ids: NDArray[np.int32]
+    cuts: NDArray[np.intp]
+    stops: NDArray[np.intp]
     parts: tuple[tuple[int, int, Any], ...]
 
     def span(self, token: int) -> tuple[int, int]:
@@ -86,11 +91,19 @@ class Template:
         return tuple(self.decode([i]) for i in sorted(self.stop_ids))
 
     @cached_property
-    def control_ids(self) -> NDArray[np.int32]:
-        """Ids of the tokens at which the tokenizer cuts any text before it looks at the rest."""
+    def _cuts(self) -> NDArray[np.bool_]:
+        """For each id, whether the tokenizer cuts any text at this token before it looks at the rest."""
         added = self.tokenizer.added_tokens_decoder.items()
-        cuts = [i for i, token in added if token.special and not (token.normalized or token.single_word)]
-        return np.array(sorted(cuts), np.int32)
+        return self._table(i for i, token in added if token.special and not (token.normalized or token.single_word))
+
+    @cached_property
+    def _stops(self) -> NDArray[np.bool_]:
+        return self._table(self.stop_ids)
+
+    def _table(self, ids: Iterable[int]) -> NDArray[np.bool_]:
+        table = np.zeros(1 + max(self._backend.get_vocab(with_added_tokens=True).values()), bool)
+        table[list(ids)] = True
+        return table
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -133,7 +146,10 @@ class Template:
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
         found = self._backend.encode(text, add_special_tokens=False)
-        return Encoding(np.array(found.ids, np.int32), ((0, 0, found),))
+        return self._encoding(np.array(found.ids, np.int32), ((0, 0, found),))
+
+    def _encoding(self, ids: NDArray[np.int32], parts: tuple[tuple[int, int, Any], ...]) -> Encoding:
+        return Encoding(ids, np.flatnonzero(self._cuts[ids]), np.flatnonzero(self._stops[ids]), parts)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""
@@ -151,9 +167,8 @@ class Template:
         None where a token of the encoding crosses the prompt's end. Text before a control token is encoded apart from it
         (tokenizers, AddedVocabulary), so that only what follows the last one in the prompt is encoded again.
         """
-        controls = np.flatnonzero(np.isin(encoding.ids, self.control_ids))
-        at = bisect_left(controls, len(prompt), key=lambda token: encoding.span(int(token))[1] - 1)
-        first = int(controls[at - 1]) if at else 0
+        at = bisect_left(encoding.cuts, len(prompt), key=lambda token: encoding.span(int(token))[0])
+        first = int(encoding.cuts[at - 1]) if at else 0
         ending = prompt[encoding.span(first)[0] if at else 0 :]
         ids = self._endings.get(ending)
         if ids is None:
@@ -175,7 +190,7 @@ class Template:
             ids = np.concatenate([head.ids, tail.ids[cut:]])
             if self.decode(ids) == whole:
                 part = (len(head.ids) - cut, len(prompt) - len(before), tail.parts[0][2])
-                return Encoding(ids, (*head.parts, part))
+                return self._encoding(ids, (*head.parts, part))
         return None
 
     def refuse_control_tokens(self, conversation: Conversation) -> None:
