@@ -10,7 +10,7 @@ from pathlib import Path
 
 from burnish import __version__
 from burnish.config import Recipe, load
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, RecipeError
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -79,6 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--message", action="append", help="ask this and exit; may be given several times")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.set_defaults(verb=_chat)
+
+    verify = verbs.add_parser(
+        "verify",
+        help="Check that a folder, or a server, keeps the template contract.",
+        description="Check that an exported folder, or a running server, keeps the template contract of the training.",
+    )
+    verify.add_argument("folder", type=Path, help="exported folder, or run folder with an export")
+    verify.add_argument("--server", metavar="URL", help="ask this server for the prompt of every probe")
+    verify.add_argument("--model", metavar="NAME", help="the model's name there; default: the first that it lists")
+    verify.add_argument("--skip", action="append", default=[], metavar="PROBE", help="a probe that the server need not keep")
+    verify.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable with the server's API key")
+    verify.set_defaults(verb=_verify)
 
     doctor = verbs.add_parser("doctor", help="Show versions, devices and what is missing.")
     doctor.set_defaults(verb=_doctor)
@@ -161,6 +173,23 @@ def _chat(arguments: argparse.Namespace) -> int:
         print(chat.answer(message), flush=True)
     if not arguments.message:
         chat.talk(sys.stdin, sys.stdout)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from burnish.verify import verify, verify_server
+
+    variable = arguments.api_key_env
+    if variable and variable not in os.environ:
+        raise RecipeError(f"--api-key-env {variable}: no such environment variable")
+    if arguments.server:
+        key = os.environ[variable] if variable else None
+        verdict = verify_server(arguments.folder, arguments.server, arguments.model, key, arguments.skip)
+    else:
+        verdict = verify(arguments.folder)
+    for note in verdict.notes:
+        print(f"burnish verify: note: {note}", file=sys.stderr)
+    print(f"kept: {verdict.probes} probes, compared with {verdict.against}")
     return 0
 
 

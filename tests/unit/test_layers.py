@@ -20,7 +20,7 @@ LAYERS = {
         "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
-    3: {"train.prepare", "train.launch", "sweep.launch", "export", "chat", "preview", "page", "plan", "verify", "doctor", "progress"},
+    3: {"train.prepare", "train.launch", "sweep.launch", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {
@@ -30,7 +30,7 @@ DOORS = {
     "ray.data": {"data.pipeline", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
-    "transformers": {"train.model", "train.attention", "export", "chat", "plan"},
+    "transformers": {"train.model", "train.attention", "export", "chat", "plan", "verify"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
 ray.train: `split` and `failure` know its types. peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,16 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
         tokenizer: Any = AutoTokenizer.from_pretrained(_place(recipe), revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {_line(error)}") from None
-    source, stop_ids = _source(recipe, tokenizer), _stop_ids(recipe, tokenizer)
+    fixed = recipe.template.date.isoformat() if recipe.template.date else date
+    return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
+
+
+def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: frozenset[int], date: str | None) -> Template:
+    """A template that shows the day `date` (ISO), else today, where it reads the clock. Raises what Template raises."""
     if not syntax.parse(source).reads_clock:
-        return Template(tokenizer, source, recipe.template.kwargs, stop_ids)
-    known = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    day = recipe.template.date or known
-    return Template(_DatedTokenizer(tokenizer, day), source, recipe.template.kwargs, stop_ids, day.isoformat())
+        return Template(tokenizer, source, kwargs, stop_ids)
+    day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    return Template(_DatedTokenizer(tokenizer, day), source, kwargs, stop_ids, day.isoformat())
 
 
 def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
