@@ -6,6 +6,8 @@ import json
 import pytest
 
 from burnish.cli import main
+from burnish.data.contract import Contract
+from burnish.train.model import load_template
 from tests.conftest import conversation, write_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -59,7 +61,7 @@ def test_files_that_are_missing_empty_or_broken(command, tmp_path):
         ({"messages": [{"role": "user", "content": "x"}]}, "#0: no-assistant: no assistant turn"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "turn 0: assistant-first"),
         ({"messages": [conversation(1)["messages"][0], *[conversation(1)["messages"][1]] * 2]}, "turn 2: role-order"),
-        ({"text": "x"}, "#0: bad-row: `messages` must be a list of messages with role and content; the row has text"),
+        ({"text": "x"}, "#0: bad-row: the row needs `messages`, or"),
         ("{broken", "#0: bad-row"),
     ],
 )
@@ -127,6 +129,7 @@ def test_a_changed_recipe_under_an_old_name(command, make_recipe, tmp_path):
     run = tmp_path / "runs" / "small"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "recipe.yaml").write_text(make_recipe().to_yaml())
+    (run / "contract.json").write_text(Contract.of(load_template(make_recipe())).to_json())
     code, said = command("optim.learning_rate=0.5")
     assert code == 2 and "optim.learning_rate: 0.001 became 0.5" in said and "Choose a new name" in said, said
 

@@ -1,7 +1,7 @@
 """Conversations in the OpenAI shape, and the refusal of a row that is none."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,14 +35,11 @@ class Message:
         """One of `ROLES`."""
         return str(self.fields["role"])
 
-    def texts(self) -> list[str]:
-        """Every piece of text of this message: content, reasoning, name, and the names and arguments of tool calls."""
-        found = [self.fields.get(key) or "" for key in ("content", "reasoning_content", "name")]
-        for call in self.fields.get("tool_calls") or ():
-            function = call.get("function", call)
-            arguments = function["arguments"]
-            found += [function["name"], *_strings(arguments), *_names_and_numbers(arguments)]
-        return [text for text in found if text.strip()]
+    def says(self) -> bool:
+        """Whether the message holds anything: content, reasoning or a tool call."""
+        return any(str(self.fields.get(key) or "").strip() for key in ("content", "reasoning_content")) or bool(
+            self.fields.get("tool_calls")
+        )
 
     def plain_values(self) -> list[str]:
         """Names of arguments, and arguments that are numbers, as JSON writes them: a render shows them letter for letter."""
@@ -171,12 +168,17 @@ def _json(text: str, key: str) -> Any:
         raise Refused("bad-row", f"`{key}` is text that is not JSON: {text!r:.60}") from None
 
 
-def _strings(value: Any) -> list[str]:
-    """Every string inside the arguments of a tool call."""
+def strings(value: Any) -> Iterator[str]:
+    """Every string inside JSON, names of fields included."""
     if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [text for item in items for text in _strings(item)]
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
 
 
 def _names_and_numbers(value: Any) -> list[str]:

@@ -42,9 +42,10 @@ class Trace:
     owner: NDArray[np.int32]
     texts: tuple[Text, ...]
 
-    def last_owned(self) -> tuple[int, int]:
-        """Position and owner of the last character that came from a message; (-1, -1) where there is none."""
-        owned = np.flatnonzero(self.owner >= 0)
+    def last_owned(self, turn: int) -> tuple[int, int]:
+        """Position and owner of the last character that came from a message before `turn`; (-1, -1) where there is none."""
+        before = sum(text.turn < turn for text in self.texts)
+        owned = np.flatnonzero((self.owner >= 0) & (self.owner < before))
         return (int(owned[-1]), int(self.owner[owned[-1]])) if len(owned) else (-1, -1)
 
     def followed_by(self, other: "Trace", start: int) -> "Trace":
@@ -74,7 +75,12 @@ class Trace:
                 raise Refused(
                     "uncovered", f"the answer goes on behind its stop token: {_short(text)} is not all before it", turn
                 )
-            raise Refused("dropped-content", f"the template does not render {_short(text)} in this answer as it is", turn)
+            raise Refused(
+                "dropped-content",
+                f"the template does not render {_short(text)} in this answer as it is; take it out of the row, write "
+                "train: false, or choose a template that shows it",
+                turn,
+            )
 
     def check_context(self, turn: int) -> None:
         """Raises Refused where what somebody else than the model said before this turn is not in the render."""

@@ -7,6 +7,7 @@ so that each is trained once, in exactly the tokens that the server would feed. 
 between P and the stop token stands the whole answer and nobody else's text. What cannot be shown is refused, by row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -46,6 +47,7 @@ class _Scene:
     conversation: Conversation
     template: Template
     exchanges: dict[int, _Exchange] = field(default_factory=dict)
+    renders: dict[tuple[int, bool], str] = field(default_factory=dict)
     traces: dict[tuple[int, bool], Trace] = field(default_factory=dict)
 
     def exchange(self, turn: int) -> _Exchange:
@@ -64,15 +66,19 @@ class _Scene:
         return _Exchange(prompt, prompt + answer, seam, grafted)
 
     def _render(self, count: int, prompt: bool) -> str:
-        return self.template.text(self.conversation.messages[:count], self.conversation, prompt)
+        if (count, prompt) not in self.renders:
+            messages = self.conversation.messages[:count]
+            self.renders[count, prompt] = self.template.text(messages, self.conversation, prompt)
+        return self.renders[count, prompt]
 
-    def trace(self, count: int, prompt: bool, plain: str) -> Trace:
+    def trace(self, count: int, prompt: bool) -> Trace:
         """Where the characters of the render of the first `count` messages came from."""
         if (count, prompt) not in self.traces:
-            literals = self.template.syntax.literals
-            messages = self.conversation.messages[:count]
             self.traces[count, prompt] = trace(
-                messages, plain, literals, lambda painted: self.template.text(painted, self.conversation, prompt)
+                self.conversation.messages[:count],
+                self._render(count, prompt),
+                self.template.syntax.literals,
+                lambda painted: self.template.text(painted, self.conversation, prompt),
             )
         return self.traces[count, prompt]
 
@@ -81,12 +87,10 @@ class _Scene:
 
         What follows the last character of the conversation must be the same in both, up to the answer.
         """
-        before, after = self.trace(turn, True, prompt), self.trace(turn + 1, False, until)
-        in_prompt, owner = before.last_owned()
-        turns = [text.turn for text in after.texts]
-        in_until = max((i for i, number in enumerate(after.owner) if number >= 0 and turns[number] < turn), default=-1)
+        in_prompt, owner = self.trace(turn, True).last_owned(turn)
+        in_until, same = self.trace(turn + 1, False).last_owned(turn)
         header = prompt[in_prompt + 1 :]
-        if in_until < 0 or after.owner[in_until] != owner or not until.startswith(header, in_until + 1):
+        if in_until < 0 or same != owner or not until.startswith(header, in_until + 1):
             raise Refused(
                 "unreachable-turn",
                 f"the server's prompt is not how the template renders this answer: {differ(prompt, until)}. Give the turn "
@@ -100,17 +104,17 @@ class _Scene:
         """The stop token that a template writes at the start of the next turn's header instead of at the end of this one."""
         role = "tool" if self.conversation.messages[turn].fields.get("tool_calls") else "user"
         following = Message({"role": role, "content": "?"})
-        messages = (*self.conversation.messages[: turn + 1], following)
-        continued = self.template.text(messages, self.conversation, prompt=False)
-        own = self.trace(turn + 1, False, until)
-        longer = trace(
-            messages,
-            continued,
-            self.template.syntax.literals,
-            lambda painted: self.template.text([*painted[:-1], following], self.conversation, prompt=False),
-        )
-        tail = until[own.last_owned()[0] + 1 :]
-        rest = continued[longer.last_owned()[0] + 1 :]
+        own = self.conversation.messages[: turn + 1]
+
+        def draw(messages: Sequence[Message]) -> str:
+            return self.template.text([*messages, following], self.conversation, prompt=False)
+
+        tail = until[self.trace(turn + 1, False).last_owned(turn + 1)[0] + 1 :]
+        try:
+            continued = draw(own)
+            rest = continued[trace(own, continued, self.template.syntax.literals, draw).last_owned(turn + 1)[0] + 1 :]
+        except Refused:
+            rest = tail  # the template cannot go on, so it shows no stop token
         for stop in self.template.stop_tokens:
             if rest.startswith(tail + stop):
                 return stop
@@ -133,9 +137,9 @@ class _Scene:
                 raise Refused(
                     "prompt-tokens", "the answer merges with its prompt into one token, and cannot be cut off", turn
                 )
-        own = self.trace(turn + 1, False, self._render(turn + 1, prompt=False))
+        own = self.trace(turn + 1, False)
         if exchange.grafted:
-            own = self.trace(turn, True, exchange.prompt).followed_by(own, exchange.seam)
+            own = self.trace(turn, True).followed_by(own, exchange.seam)
         return _Row(turn, exchange.text, encoding, own.padded(exchange.text[len(own.owner) :]))
 
     def target(self, row: _Row, turn: int) -> tuple[int, int]:
@@ -153,6 +157,9 @@ class _Scene:
         if end > len(exchange.text) or row.text[:end] != exchange.text[:end]:
             raise Refused("not-prefix-stable", differ(exchange.text[:end], row.text[:end]), turn)
         self._check_whole(row, turn, first, last)
+        unknown = self.template.tokenizer.unk_token_id
+        if unknown is not None and (row.encoding.ids[first:last] == unknown).any():
+            raise Refused("unknown-token", "the vocabulary has no token for a character of this answer", turn)
         return first, last
 
     def _first_stop(self, encoding: Encoding, first: int) -> int | None:
@@ -189,7 +196,7 @@ def render(
     if not turns:
         raise Refused("empty-target", "no assistant turn is to be trained; every one says train: false")
     for turn in turns:
-        if not conversation.messages[turn].texts():
+        if not conversation.messages[turn].says():
             raise Refused("empty-target", "the answer is empty; give it content or tool calls, or write train: false", turn)
     template.refuse_control_tokens(conversation)
     scene = _Scene(conversation, template)

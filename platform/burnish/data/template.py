@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from burnish.data import syntax
-from burnish.data.conversation import Conversation, Message, Refused
+from burnish.data.conversation import Conversation, Message, Refused, strings
 from burnish.errors import DataError
 
 _KEPT_ENDINGS = 1024
@@ -23,7 +23,9 @@ class Tokenizer(Protocol):
     """What rendering needs of a fast Hugging Face tokenizer."""
 
     is_fast: bool
+    split_special_tokens: bool
     bos_token_id: int | None
+    unk_token_id: int | None
     all_special_tokens: list[str]
     special_tokens_map: dict[str, Any]
     added_tokens_decoder: dict[int, Any]
@@ -118,6 +120,7 @@ class Template:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return backend
 
     @cached_property
@@ -194,13 +197,14 @@ class Template:
         return None
 
     def refuse_control_tokens(self, conversation: Conversation) -> None:
-        """Raises Refused where a message holds the text of a special token, which would end or forge a turn."""
-        for turn, message in enumerate(conversation.messages):
-            for text in message.texts():
+        """Raises Refused where a row holds the text of a special token, which would end or forge a turn."""
+        rest = [*conversation.tools, conversation.kwargs]
+        for turn, fields in enumerate([*(message.fields for message in conversation.messages), rest]):
+            for text in strings(fields):
                 found = self._control.search(text)
                 if found:
                     raise Refused(
                         "control-token-in-content",
                         f"the text holds the control token {found[0]!r}, which a server would read as one; take it out",
-                        turn,
+                        turn if turn < len(conversation.messages) else None,
                     )
