@@ -1,5 +1,6 @@
 """docs/recipe.md, made from the schema: `python -m burnish.reference`."""
 
+import datetime
 import json
 import typing
 from typing import Any
@@ -68,6 +69,7 @@ def _values(field: FieldInfo) -> str:
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", typing.Any: "any"}
+_KINDS[datetime.date] = "day like 2026-01-31"
 
 
 def _kind(annotation: Any) -> str:

@@ -1,5 +1,6 @@
 """train, plan, preview, export and chat as a user types them, on four architectures and two template families."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.cli import main
@@ -87,6 +89,12 @@ def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: flo
     assert (exported / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
     contract = json.loads((exported / "contract.json").read_text())
     assert contract == json.loads((folder / "contract.json").read_text())
+    newest = max((folder / "checkpoints").glob("step-*"))
+    assert contract == json.loads((newest / "contract.json").read_text())
+    for file in [newest / "weights.safetensors", *exported.glob("adapter_model.safetensors")]:
+        with safe_open(file, "pt") as tensors:
+            assert tensors.metadata()["chat_contract"] == f"sha256:{contract['behaviour_sha256']}"
+    assert run(capsys, "verify", folder)[:2] == (0, f"kept: {len(contract['probes'])} probes, compared with {exported}\n")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         if adapter:
@@ -155,7 +163,10 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    path = recipe_file(tracking={"uri": uri}, train={"epochs": 3, "max_steps": 4})
+    rows = write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)] + [{"messages": []}])
+    path = recipe_file(
+        tracking={"uri": uri}, train={"epochs": 3, "max_steps": 4}, data={"train": [{"path": str(rows)}], "max_refused": 0.1}
+    )
     code, out, err = run(capsys, "train", path)
     assert code == 0, err
     result = json.loads(out)
@@ -164,7 +175,11 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     contract = json.loads((tmp_path / "runs/small/contract.json").read_text())
     assert (found.info.status, found.info.run_name) == ("FINISHED", "small")
     assert found.data.params["optim.learning_rate"] == "0.001" and found.data.params["train.max_steps"] == "4"
-    assert found.data.tags["template.source_sha256"] == contract["source_sha256"]
+    for name in ("source", "syntax", "behaviour", "tokenizer"):
+        assert found.data.tags[f"template.{name}_sha256"] == contract[f"{name}_sha256"]
+    whole = hashlib.sha256((tmp_path / "runs/small/contract.json").read_bytes()).hexdigest()
+    assert found.data.tags["contract.sha256"] == whole
+    assert found.data.metrics["data/refused/bad-row"] == 1
     assert {file.path for file in client.list_artifacts(result["run_id"])} == {
         "recipe.yaml", "contract.json", "chat_template.jinja",
     }  # fmt: skip

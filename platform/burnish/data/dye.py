@@ -87,7 +87,10 @@ class Trace:
         for number, text in enumerate(self.texts):
             if text.turn < turn and text.role != "assistant" and not self._holds(number, 0, len(self.owner)):
                 raise Refused(
-                    "dropped-content", f"the template does not render {_short(text)}, so a server drops it", text.turn
+                    "dropped-content",
+                    f"the template does not render this {text.role} message as it is: {_short(text)}; a server would not "
+                    "either. Take it out of the row, or choose a template that shows it",
+                    text.turn,
                 )
 
     def shown(self, at: int) -> str:

@@ -78,7 +78,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def model_digest(recipe: Recipe) -> str | None:
-    """The sha256 of a local model's files, None for a Hub model.
+    """The sha256 of a local model's files, None for a Hub model. The chat template is the contract's to judge.
 
     Of a file over 8 MiB the size and 64 blocks of 64 KiB at even distances count, so that it takes seconds for any model;
     another training of the same model differs in every one of them.
@@ -87,8 +87,9 @@ def model_digest(recipe: Recipe) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    endings = {".safetensors", ".bin", ".json", ".jinja", ".model"}
-    for file in sorted(path for path in folder.iterdir() if path.suffix in endings):
+    endings = {".safetensors", ".bin", ".json", ".model"}
+    files = [path for path in folder.iterdir() if path.suffix in endings and path.name != "tokenizer_config.json"]
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:

@@ -209,3 +209,72 @@ def test_control_tokens_that_only_the_vocabulary_knows_are_refused_too():
     source = Template(tokenizer, LLAMA3, {}, frozenset([tokenizer.eos_token_id]))
     with pytest.raises(Refused, match="control-token-in-content"):
         render(talk((U, "a"), (A, "b<|start_header_id|>user")), source, 256)
+
+
+def test_truncate_turns_takes_whole_turns_away_and_trains_each_answer_once():
+    messages = [(S, "Be brief.")]
+    for number in range(6):
+        messages += [(U, f"question {number}"), (A, f"answer {number}")]
+    whole = len(render(talk(*messages), CHATML_TEMPLATE, 10_000)[0])
+    with pytest.raises(Refused, match="overlong"):
+        render(talk(*messages), CHATML_TEMPLATE, whole - 1)
+    limit = whole * 2 // 3
+    samples = render(talk(*messages), CHATML_TEMPLATE, limit, on_overlong="truncate_turns")
+    assert len(samples) > 1 and all(len(sample) <= limit for sample in samples)
+    assert sorted(turn for sample in samples for turn in sample.turns) == list(range(2, 13, 2))
+    last = marked(samples[-1], CHATML_TEMPLATE)
+    kept = [messages[0], *messages[1 + 2 * (6 - len(samples[-1].turns)) :]]
+    assert last == chatml(kept) and samples[-1].turns[-1] == 12
+    assert marked(samples[0], CHATML_TEMPLATE) == chatml(messages[: 1 + 2 * len(samples[0].turns)])
+
+
+def test_truncate_turns_refuses_a_last_exchange_that_is_too_long_alone_and_never_starts_at_a_tool_result():
+    with pytest.raises(Refused, match="even without the turns before") as refusal:
+        render(talk((U, "a"), (A, "b"), (U, "word " * 300), (A, "c")), CHATML_TEMPLATE, 200, on_overlong="truncate_turns")
+    assert (refusal.value.code, refusal.value.turn) == ("overlong", 3)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {
+        "messages": [
+            {"role": U, "content": "long " * 40}, {"role": A, "content": "early"}, {"role": U, "content": "use f"},
+            {"role": A, "content": "", "tool_calls": [call]}, {"role": "tool", "content": "r"}, {"role": A, "content": "done"},
+        ]
+    }  # fmt: skip
+    samples = render(Conversation.parse(row), CHATML_TEMPLATE, 150, on_overlong="truncate_turns")
+    assert [sample.turns for sample in samples][-1] == (3, 5)
+    assert marked(samples[-1], CHATML_TEMPLATE).startswith("<|im_start|>user\nuse f")
+
+
+def test_an_empty_answer_is_refused_where_it_would_be_trained():
+    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": " \n"}]}
+    with pytest.raises(Refused) as refusal:
+        render(Conversation.parse(row), CHATML_TEMPLATE, 256)
+    assert (refusal.value.code, refusal.value.turn) == ("empty-target", 1)
+
+
+def test_a_row_sets_variables_of_its_own():
+    source = template(CHATML + "{%- if add_generation_prompt and quiet %}{{- '<quiet>' }}{%- endif %}")
+    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "<quiet>b"}]}
+    (plain,) = render(Conversation.parse(row), source, 256)
+    (quiet,) = render(Conversation.parse({**row, "chat_template_kwargs": {"quiet": True}}), source, 256)
+    assert "{+<quiet>b" in marked(plain, source) and "<quiet>{+b" in marked(quiet, source)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "turn"),
+    [
+        (("{{- m.content }}", "{{- m.content | upper if m.role == 'assistant' else m.content }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content.split() | reverse | join(' ') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content if m.role == 'assistant' else '...' }}"), "dropped-content", 0),
+        (
+            ("{{- m.content }}", "{{- m.content + messages[0].content if m.role == 'assistant' else m.content }}"),
+            "foreign-text",
+            1,
+        ),
+        (("{{- m.content }}", "{{- m.content[:4] + '<|im_end|>' + m.content[4:] }}"), "uncovered", 1),
+        (("{{- m.content }}", "{{- m.content if 'W' in m.content or m.role == 'user' else 'x' }}"), "untraceable", 1),
+    ],
+)
+def test_the_dye_finds_what_a_template_does_to_an_answer(change, code, turn):
+    with pytest.raises(Refused) as refusal:
+        render(talk((U, "hello"), (A, "Word by word")), template(CHATML.replace(*change)), 256)
+    assert (refusal.value.code, refusal.value.turn) == (code, turn), refusal.value.message

@@ -1,14 +1,19 @@
 """What a run was started from is held fixed while it goes on, wherever it lies."""
 
+import datetime
+import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
+from burnish.data import pipeline
+from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
 from burnish.train.model import with_adapters
 from burnish.train.prepare import check_same_run, make_run_folder, prepare, write_run_folder
-from tests.conftest import conversation, write_model, write_rows
+from tests.conftest import CHATML, conversation, write_model, write_rows
 
 
 @pytest.fixture
@@ -51,12 +56,52 @@ def test_rows_or_a_template_that_changed_are_refused(started, tmp_path):
     template = tmp_path / "other.jinja"
     template.write_text(prepare(recipe).contract.template.replace("{{- m.content }}", "{{- m.content | trim }}"))
     other = recipe.model_copy(update={"template": recipe.template.model_copy(update={"path": str(template)})})
-    with pytest.raises(DataError, match="behaves otherwise"):
+    with pytest.raises(DataError, match=r"behaves otherwise than at its start: the probe spaces .* expected .* found"):
         check_same_run(prepare(other), folder)
+    template.write_text("{# only a comment #}" + prepare(recipe).contract.template)
+    check_same_run(prepare(other), folder)
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write("\n")
     with pytest.raises(DataError, match=r"\(train\)"):
         check_same_run(prepare(recipe), folder)
+
+
+def test_a_cosmetic_edit_of_the_models_own_template_goes_on_and_a_tokenizer_that_behaves_otherwise_does_not(
+    started, tmp_path
+):
+    recipe, folder = started
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{# a comment #}" + template.read_text())
+    check_same_run(prepare(recipe), folder)
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(DataError, match="the probe one turn"):
+        check_same_run(prepare(recipe), folder)
+
+
+def test_a_run_under_a_clock_keeps_the_day_on_which_it_started(make_recipe, tmp_path):
+    clock = tmp_path / "clock.jinja"
+    clock.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    recipe = make_recipe(template={"path": str(clock)})
+    assert prepare(recipe).contract.date == datetime.date.today().isoformat()
+    first = make_recipe(template={"path": str(clock), "date": "2020-02-03"})
+    folder = recipe.run_folder()
+    make_run_folder(folder)
+    write_run_folder(prepare(first), folder)
+    (folder / "checkpoints" / "step-00000002").mkdir()
+    assert prepare(recipe).contract.date == "2020-02-03"
+    assert "03 Feb 2020<|im_start|>" in prepare(recipe).contract.probes[0].text
+    rows = [pipeline.render_row(conversation(0), "x#0", prepare(recipe).template, recipe)]
+    assert prepare(recipe).template.decode(rows[0][0].input_ids).startswith("03 Feb 2020")
+    copy = pickle.loads(pickle.dumps(prepare(recipe).template))
+    assert copy.decode(pipeline.render_row(conversation(0), "x#0", copy, recipe)[0].input_ids).startswith("03 Feb 2020")
+
+
+def test_the_contract_remembers_the_first_rows(make_recipe, tmp_path):
+    contract = prepare(make_recipe()).contract
+    assert list(contract.rows) == [f"{tmp_path / 'train.jsonl'}#{i}" for i in range(40)]
+    assert contract.masks["rows"] == 40 and 0 < contract.masks["trained_tokens"] < contract.masks["tokens"]
+    other = replace(contract, rows={**contract.rows, next(iter(contract.rows)): "0" * 64})
+    assert "train.jsonl#0 has other tokens" in difference(other, contract)
 
 
 def test_the_first_rows_of_every_file_are_checked(make_recipe, tmp_path):
