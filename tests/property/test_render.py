@@ -1,6 +1,7 @@
 """Masks, for any text under many templates: each answer exactly what the server would have to hear, or refused, never wrong."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def swapped_dye(planted):
 
     def wrong(*a):
         found = whole(*a)
-        return dye.Trace(found.points, np.where(found.owner == 1, 0, found.owner), found.texts)
+        return replace(found, owner=np.where(found.owner == 1, 0, found.owner))
 
     planted.setattr("burnish.data.render.trace", wrong)
 
@@ -116,7 +117,7 @@ def shifted_dye(planted):
 
     def wrong(*a):
         found = whole(*a)
-        return dye.Trace(found.points, np.roll(found.owner, 1), found.texts)
+        return replace(found, owner=np.roll(found.owner, 1))
 
     planted.setattr("burnish.data.render.trace", wrong)
 

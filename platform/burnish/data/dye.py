@@ -6,9 +6,12 @@ and where the dye shows, the character of the plain render belongs to that text.
 tokens or tokens, on which the first proof rests.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -35,12 +38,14 @@ class Text:
 class Trace:
     """A render and for each of its characters the number of the text that it came from, -1 for the template's own.
 
-    Invariant: `owner` int32 and `points` uint32 (code points of the render) are as long as the render.
+    Invariant: `owner` int32 and `points` uint32 (code points of the render) are as long as the render. `kept` are the
+    template's literals that stand in some text, and were not dyed.
     """
 
     points: NDArray[np.uint32]
     owner: NDArray[np.int32]
     texts: tuple[Text, ...]
+    kept: tuple[str, ...]
 
     def last_owned(self, turn: int) -> tuple[int, int]:
         """Position and owner of the last character that came from a message before `turn`; (-1, -1) where there is none."""
@@ -51,13 +56,12 @@ class Trace:
     def followed_by(self, other: "Trace", start: int) -> "Trace":
         """This render followed by another one of the same conversation from its character `start` on."""
         points, owner = np.append(self.points, other.points[start:]), np.append(self.owner, other.owner[start:])
-        return Trace(points, owner, max(self.texts, other.texts, key=len))
+        return Trace(points, owner, max(self.texts, other.texts, key=len), other.kept)
 
     def padded(self, text: str) -> "Trace":
         """This render with text of the template's own behind it."""
-        return Trace(
-            np.append(self.points, _points(text)), np.append(self.owner, np.full(len(text), -1, np.int32)), self.texts
-        )
+        own = np.full(len(text), -1, np.int32)
+        return replace(self, points=np.append(self.points, _points(text)), owner=np.append(self.owner, own))
 
     def check_answer(self, turn: int, start: int, end: int) -> None:
         """Raises Refused unless characters [start, end) hold every text of this message whole, and no other message's."""
@@ -69,9 +73,9 @@ class Trace:
             shown = self.shown(start + int(foreign[0]))
             raise Refused("foreign-text", f"the template puts text of message {other} into this answer: {shown}", turn)
         for number, text in enumerate(self.texts):
-            if text.turn != turn or self._holds(number, start, end):
+            if text.turn != turn or (self._holds(number, start, end) and self._between(number, start, end)):
                 continue
-            if self._holds(number, 0, len(self.owner)):
+            if not self._holds(number, start, end) and self._holds(number, 0, len(self.owner)):
                 raise Refused(
                     "uncovered", f"the answer goes on behind its stop token: {_short(text)} is not all before it", turn
                 )
@@ -107,6 +111,26 @@ class Trace:
         times, rest = divmod(len(found), len(letters))
         return times > 0 and rest == 0 and bool((found.reshape(times, -1) == letters).all())
 
+    def _between(self, number: int, start: int, end: int) -> bool:
+        """Whether also what is no letter stands between a text's letters as in the text: lines, indents, quotes.
+
+        JSON and Python's repr may quote it, and a template that looks for one of its literals in a text may space it anew.
+        """
+        text = self.texts[number]
+        own = np.flatnonzero(text.dyed)
+        if not len(own):
+            return True
+        where = start + np.flatnonzero(self.owner[start:end] == number)
+        shown = _text(self.points[where[0] : where[len(own) - 1] + 1])
+        said = text.text[own[0] : own[-1] + 1]
+        if shown == said:
+            return True
+        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1], repr(said)[1:-1], escape(said))
+        marks = "|".join(re.escape(literal) for literal in self.kept if not literal.isalnum())
+        spaced = re.compile(rf"\s*(?:{marks})\s*" if marks else "(?!)")
+        plain = spaced.sub(lambda found: found[0].strip(), shown)
+        return any(plain == spaced.sub(lambda found: found[0].strip(), form) for form in forms)
+
 
 def trace(
     messages: Sequence[Message], plain: str, literals: Sequence[str], draw: Callable[[Sequence[Message]], str]
@@ -120,7 +144,7 @@ def trace(
     found = [(turn, text) for turn, message in enumerate(messages) for text in _texts(message.fields)]
     first = _unused_letters(points, len(found))
     everything = "\0".join(text for _, text in found)
-    kept = [literal for literal in literals if literal in everything]
+    kept = tuple(literal for literal in literals if literal in everything)
     # A template that quotes or compares what is neither letter nor digit gets those undyed at the second try.
     for dyeable in (_visible(), _alphanumeric()):
         texts = tuple(Text(turn, messages[turn].role, text, _dyed(text, kept, dyeable)) for turn, text in found)
@@ -139,7 +163,7 @@ def trace(
             owner = dyed.astype(np.int32) - first
             owner[(owner < 0) | (owner >= len(texts))] = -1
             if bool((dyed == points)[owner < 0].all()):
-                return Trace(points, owner, texts)
+                return Trace(points, owner, texts, kept)
     raise Refused(
         "untraceable",
         "the render changes with the letters of the text, so it cannot be shown where its characters come from",

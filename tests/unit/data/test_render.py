@@ -265,6 +265,8 @@ def test_a_row_sets_variables_of_its_own():
         (("{{- m.content }}", "{{- m.content | upper if m.role == 'assistant' else m.content }}"), "dropped-content", 1),
         (("{{- m.content }}", "{{- m.content.split() | reverse | join(' ') }}"), "dropped-content", 1),
         (("{{- m.content }}", "{{- m.content if m.role == 'assistant' else '...' }}"), "dropped-content", 0),
+        (("{{- m.content }}", "{{- m.content.split() | join('  ') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content | replace(' ', '\\n') }}"), "dropped-content", 1),
         (
             ("{{- m.content }}", "{{- m.content + messages[0].content if m.role == 'assistant' else m.content }}"),
             "foreign-text",
