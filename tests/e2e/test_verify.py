@@ -118,7 +118,7 @@ SEEN = {"vllm": "/tokenize", "llama.cpp": "/apply-template", "tgi": "/chat_token
 def test_a_server_that_keeps_the_contract(exported, serve, capsys, protocol):
     assert main(["verify", str(exported), "--server", serve(protocol)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("kept: 63 probes") and SEEN[protocol] in said
+    assert said.startswith("kept: 72 probes") and SEEN[protocol] in said
 
 
 @pytest.mark.parametrize("protocol", SEEN)
@@ -163,9 +163,9 @@ def test_a_folder_that_keeps_its_contract_and_each_way_to_break_it(exported, tmp
         said = "".join(capsys.readouterr())
         assert all(word in said for word in words), said
 
-    verdict(0, "kept: 126 probes")
+    verdict(0, "kept: 144 probes")
     template.write_text("{# harmless #}" + whole)
-    verdict(0, "comments or spacing", "kept: 126 probes")
+    verdict(0, "comments or spacing", "kept: 144 probes")
     template.write_text(
         whole.replace("<|im_start|>user", "<|im_start|>User").replace("message.role + '\\n'", "message.role + ' \\n'")
     )

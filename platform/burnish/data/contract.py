@@ -11,7 +11,10 @@ from burnish.data.conversation import Conversation, Refused
 from burnish.data.probes import PROBES
 from burnish.data.template import Template
 
-_MODES: dict[str, tuple[Any, ...]] = {"enable_thinking": (False, True), "preserve_thinking": (True,)}
+_MODES: dict[str, tuple[Any, ...]] = {
+    "enable_thinking": (False, True), "thinking": (False, True), "preserve_thinking": (True,), "keep_thinking": (True,),
+    "truncate_history_thinking": (False,), "reasoning_effort": ("low", "high"), "tools_in_user_message": (False,),
+}  # fmt: skip
 """Variables that a server's users set from request to request, where a template knows them, and the values to probe."""
 _LIBRARIES = ("burnish", "transformers", "tokenizers", "jinja2")
 
@@ -38,7 +41,7 @@ class Probe:
 
     def behaviour(self) -> list[Any]:
         """What must stay as it is. Of an error only that it is one: libraries word the same error in many ways."""
-        return [self.name, sorted(self.kwargs.items()), self.prompt, self.text, self.ids, self.error is not None]
+        return [self.text, self.ids, self.error is not None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Contract:
         """The contract of a template: every probe rendered with and without the generation prompt, in every mode."""
         probes = [probe for mode in _modes(template) for name in PROBES for probe in _probe(template, name, mode)]
         stop_ids = sorted(template.stop_ids)
-        behaviour = [[probe.behaviour() for probe in probes], stop_ids]
+        behaviour = [[[probe.place(), *probe.behaviour()] for probe in probes], stop_ids]
         return cls(
             template=template.source,
             kwargs=dict(template.kwargs),
@@ -117,17 +120,24 @@ def difference(was: Contract, now: Contract) -> str | None:
     """
     if was.stop_ids != now.stop_ids:
         return f"answers ended at {was.stop_tokens} and end now at {now.stop_tokens}"
-    known = {probe.place(): probe for probe in now.probes}
-    for old in was.probes:
-        new = known.get(old.place())
-        if new is None:
-            return f"the probe {old.place()} is gone: the template knew a variable that it knows no more"
+    before, after = _by_place(was), _by_place(now)
+    for place in dict.fromkeys([*before, *after]):
+        # A mode of a variable that one of them does not know is no mode there: the variable changes nothing.
+        old, new = (probes.get(place) or probes.get((place[0], (), place[2])) for probes in (before, after))
+        if old is None or new is None:
+            continue  # a probe that the other version of burnish did not have
         if old.behaviour() != new.behaviour():
-            return f"the probe {old.place()} {_changed(old, new)}"
+            return f"the probe {(new if place in after else old).place()} {_changed(old, new)}"
+    if was.tokenizer_sha256 != now.tokenizer_sha256 and was.versions["tokenizers"] == now.versions["tokenizers"]:
+        return "the tokenizer has another vocabulary or other rules, which no probe shows"
     for row, digest in was.rows.items():
         if now.rows.get(row, digest) != digest:
             return f"the row {row} has other tokens or another mask"
     return None
+
+
+def _by_place(contract: Contract) -> dict[tuple[str, tuple[Any, ...], bool], Probe]:
+    return {(probe.name, tuple(sorted(probe.kwargs.items())), probe.prompt): probe for probe in contract.probes}
 
 
 def _changed(old: Probe, new: Probe) -> str:

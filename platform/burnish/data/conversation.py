@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names for what a model thinks before it answers; transformers shows each of them to a template under all of them."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -24,11 +26,13 @@ class Refused(Exception):
 class Message:
     """One message: exactly the fields that the template will see, and whether its answer bears loss.
 
-    `fields` holds role, content and, where the row has them, tool_calls, reasoning_content, name and tool_call_id.
+    `fields` holds role, content and, where the row has them, tool_calls, reasoning_content, name and tool_call_id; `others`
+    names the fields of the row that the template will not see.
     """
 
     fields: Mapping[str, Any]
     train: bool = True
+    others: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
@@ -42,8 +46,8 @@ class Message:
         )
 
     def plain_values(self) -> list[str]:
-        """Names of arguments, and arguments that are numbers, as JSON writes them: a render shows them letter for letter."""
-        calls = [call.get("function", call) for call in self.fields.get("tool_calls") or ()]
+        """Names of arguments, and arguments that are numbers or true or false, as JSON writes them."""
+        calls = [call["function"] for call in self.fields.get("tool_calls") or ()]
         return [text for call in calls for text in _names_and_numbers(call["arguments"]) if text.strip()]
 
 
@@ -68,16 +72,12 @@ class Conversation:
             raise Refused("bad-row", f"`messages` must be a list of messages with role and content; {found}")
         messages = tuple(_message(item, turn) for turn, item in enumerate(raw))
         _check_order(messages)
-        tools = row.get("tools") or []
-        if isinstance(tools, str):
-            tools = _json(tools, "tools")
+        tools, kwargs = _json(row, "tools") or [], _json(row, "chat_template_kwargs") or {}
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Refused("bad-row", f"`tools` must be a list of tool descriptions; found {tools!r:.60}")
-        kwargs = row.get("chat_template_kwargs") or {}
-        if isinstance(kwargs, str):
-            kwargs = _json(kwargs, "chat_template_kwargs")
         if not isinstance(kwargs, dict):
             raise Refused("bad-row", f"`chat_template_kwargs` must be an object of template variables; found {kwargs!r:.60}")
+        _check_text([tools, kwargs], None)
         return cls(messages, tuple(tools), {name: value for name, value in kwargs.items() if value is not None})
 
     def assistant_turns(self) -> list[int]:
@@ -87,18 +87,44 @@ class Conversation:
 
 def _message(item: Any, turn: int) -> Message:
     """One message, checked field by field; raises Refused that names the field."""
-    try:
-        json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Refused("bad-row", "the text holds half of a surrogate pair, as a cut emoji leaves it", turn) from None
-    except (TypeError, ValueError):
-        raise Refused("bad-row", f"the message is no JSON: {item!r:.60}", turn) from None
     if not isinstance(item, dict):
         raise Refused("bad-row", f"a message must be an object with role and content; found {item!r:.60}", turn)
+    item = {key: value for key, value in item.items() if value is not None}
     role = item.get("role")
     if role not in ROLES:
         raise Refused("bad-row", f"role must be one of {', '.join(ROLES)}; found {role!r}", turn)
-    fields: dict[str, Any] = {"role": role}
+    if item.get("function_call"):
+        raise Refused("bad-row", "function_call is no longer rendered by templates; write tool_calls", turn)
+    fields: dict[str, Any] = {"role": role, "content": _content(item, turn)}
+    for key in ("name", "tool_call_id", *_REASONING):
+        if key in item:
+            if not isinstance(item[key], str):
+                raise Refused("bad-row", f"{key} must be text; found {item[key]!r:.60}", turn)
+            if key not in _REASONING:
+                fields[key] = item[key]
+    reasoning = {item[key] for key in _REASONING if item.get(key)}
+    if len(reasoning) > 1:
+        raise Refused("bad-row", f"{', '.join(key for key in _REASONING if item.get(key))} say different things", turn)
+    if reasoning:
+        fields["reasoning_content"] = reasoning.pop()
+    calls = item.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise Refused("bad-row", f"tool_calls must be a list of objects; found {calls!r:.60}", turn)
+        fields["tool_calls"] = [_call(call, turn) for call in calls]
+    _check_text(fields, turn)
+    train, weight = item.get("train"), item.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise Refused("bad-row", f"train must be true or false; found {train!r}", turn)
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise Refused("bad-row", f"weight must be 0 or 1; found {weight!r}", turn)
+    known = {*fields, *_REASONING, "tool_calls", "function_call", "train", "weight"}
+    others = tuple(str(key) for key, value in item.items() if key not in known and value not in ("", [], {}))
+    return Message(fields, train is not False and weight != 0, others)
+
+
+def _content(item: Mapping[str, Any], turn: int) -> str:
+    """The text of a message; a list of text parts is joined."""
     content = item.get("content")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
@@ -107,38 +133,37 @@ def _message(item: Any, turn: int) -> Message:
         content = "".join(str(part) for part in parts)
     if not isinstance(content, str) and not (content is None and item.get("tool_calls")):
         raise Refused("bad-row", f"content must be text; found {content!r:.60}", turn)
-    fields["content"] = content or ""
-    for key in ("reasoning_content", "name", "tool_call_id"):
-        if item.get(key) is not None:
-            if not isinstance(item[key], str):
-                raise Refused("bad-row", f"{key} must be text; found {item[key]!r:.60}", turn)
-            fields[key] = item[key]
-    calls = item.get("tool_calls")
-    if calls:
-        if not isinstance(calls, list):
-            raise Refused("bad-row", f"tool_calls must be a list of objects; found {calls!r:.60}", turn)
-        fields["tool_calls"] = [_call(call, turn) for call in calls]
-    train, weight = item.get("train"), item.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise Refused("bad-row", f"train must be true or false; found {train!r}", turn)
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise Refused("bad-row", f"weight must be 0 or 1; found {weight!r}", turn)
-    return Message(fields, train is not False and weight != 0)
+    return content or ""
+
+
+def _check_text(value: Any, turn: int | None) -> None:
+    """Raises Refused where a value is no JSON, or holds text that no tokenizer can read."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused("bad-row", "the text holds half of a surrogate pair, as a cut emoji leaves it", turn) from None
+    except (TypeError, ValueError, RecursionError):
+        raise Refused("bad-row", f"this is no JSON: {value!r:.60}", turn) from None
 
 
 def _call(call: Any, turn: int) -> dict[str, Any]:
-    """One tool call with its arguments as an object: servers decode the JSON text of the OpenAI shape before they render."""
+    """One tool call in the shape that servers give to templates: arguments are an object, not the JSON text that travels."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused("bad-row", f"a tool call must be an object with function.name; found {call!r:.60}", turn)
+    about = {"id", "type", "index"}
+    strange = [key for key in {**call, **function} if key not in {*about, "function", "name", "arguments"}]
+    if strange or ("function" in call and {"name", "arguments"} & set(call)):
+        odd = ", ".join(map(str, strange)) or "name or arguments beside function"
+        raise Refused("bad-row", f"a tool call holds id, type and function with name and arguments; found {odd}", turn)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Refused("bad-row", f"the arguments of a tool call are no JSON: {arguments!r:.60}", turn) from None
-    function = {**function, "arguments": {} if arguments is None else arguments}
-    return {**call, "function": function} if "function" in call else function
+    whole = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {"type": "function", **{key: call[key] for key in about if key in call}, "function": whole}
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
@@ -161,11 +186,15 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         before = role
 
 
-def _json(text: str, key: str) -> Any:
+def _json(row: Mapping[str, Any], key: str) -> Any:
+    """A value of a row that may be written as JSON text."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value:
+        return value
     try:
-        return json.loads(text)
-    except ValueError:
-        raise Refused("bad-row", f"`{key}` is text that is not JSON: {text!r:.60}") from None
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise Refused("bad-row", f"`{key}` is text that is not JSON: {value!r:.60}") from None
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -182,8 +211,8 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _names_and_numbers(value: Any) -> list[str]:
-    """The names and the numbers inside the arguments of a tool call."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """The names, the numbers and the truth values inside the arguments of a tool call."""
+    if isinstance(value, int | float):
         return [json.dumps(value)]
     names = list(map(str, value)) if isinstance(value, Mapping) else []
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -63,8 +62,11 @@ class Trace:
         own = np.full(len(text), -1, np.int32)
         return replace(self, points=np.append(self.points, _points(text)), owner=np.append(self.owner, own))
 
-    def check_answer(self, turn: int, start: int, end: int) -> None:
-        """Raises Refused unless characters [start, end) hold every text of this message whole, and no other message's."""
+    def check_answer(self, turn: int, prompt_end: int, start: int, end: int) -> None:
+        """Raises Refused unless characters [start, end) hold every text of this message whole, and no other message's.
+
+        What the server's prompt, characters [0, prompt_end), says of the answer already (an opened <think>) counts too.
+        """
         inside = self.owner[start:end]
         turns = np.array([text.turn for text in self.texts], np.int32)
         foreign = np.flatnonzero((inside >= 0) & (turns[inside] != turn))
@@ -72,13 +74,20 @@ class Trace:
             other = int(turns[inside[foreign[0]]])
             shown = self.shown(start + int(foreign[0]))
             raise Refused("foreign-text", f"the template puts text of message {other} into this answer: {shown}", turn)
+        said = np.arange(len(self.owner)) < prompt_end
+        said[start:end] = True
+        everywhere = np.ones(len(self.owner), bool)
         for number, text in enumerate(self.texts):
-            if text.turn != turn or (self._holds(number, start, end) and self._between(number, start, end)):
+            if text.turn != turn:
                 continue
-            if not self._holds(number, start, end) and self._holds(number, 0, len(self.owner)):
-                raise Refused(
-                    "uncovered", f"the answer goes on behind its stop token: {_short(text)} is not all before it", turn
-                )
+            if not text.dyed.any():
+                whole = text.text.strip() in _text(self.points[start:end])
+            else:
+                whole = self._holds(number, said) and self._unchanged(number, said)
+            if whole:
+                continue
+            if text.dyed.any() and not self._holds(number, said) and self._holds(number, everywhere):
+                raise Refused("uncovered", f"{_short(text)} is not all between the prompt and the stop token", turn)
             raise Refused(
                 "dropped-content",
                 f"the template does not render {_short(text)} in this answer as it is; take it out of the row, write "
@@ -89,7 +98,7 @@ class Trace:
     def check_context(self, turn: int) -> None:
         """Raises Refused where what somebody else than the model said before this turn is not in the render."""
         for number, text in enumerate(self.texts):
-            if text.turn < turn and text.role != "assistant" and not self._holds(number, 0, len(self.owner)):
+            if text.turn < turn and text.role != "assistant" and not self._holds(number, np.ones(len(self.owner), bool)):
                 raise Refused(
                     "dropped-content",
                     f"the template does not render this {text.role} message as it is: {_short(text)}; a server would not "
@@ -101,35 +110,46 @@ class Trace:
         """The render around a character."""
         return repr(_text(self.points[max(0, at - 20) : at + 30]))
 
-    def _holds(self, number: int, start: int, end: int) -> bool:
-        """Whether characters [start, end) hold this text, letter by letter in its order, once or several times."""
+    def _holds(self, number: int, where: NDArray[np.bool_]) -> bool:
+        """Whether these characters hold a text, letter by letter in its order, once or several times."""
         text = self.texts[number]
         letters = _points(text.text)[text.dyed]
         if not len(letters):
-            return text.text.strip() in _text(self.points[start:end])
-        found = self.points[start:end][self.owner[start:end] == number]
+            return text.text.strip() in _text(self.points[where])
+        found = self.points[where & (self.owner == number)]
         times, rest = divmod(len(found), len(letters))
         return times > 0 and rest == 0 and bool((found.reshape(times, -1) == letters).all())
 
-    def _between(self, number: int, start: int, end: int) -> bool:
-        """Whether also what is no letter stands between a text's letters as in the text: lines, indents, quotes.
+    def _unchanged(self, number: int, where: NDArray[np.bool_]) -> bool:
+        """Whether also what is no letter stands around a text's letters as in the text: lines, indents, quotes.
 
-        JSON and Python's repr may quote it, and a template that looks for one of its literals in a text may space it anew.
+        Only spaces at its ends may be missing. A template that looks for one of its literals in a text may space it anew;
+        inside a tool call JSON or a language's quotes may lengthen it.
         """
         text = self.texts[number]
         own = np.flatnonzero(text.dyed)
-        if not len(own):
+        first = int(np.flatnonzero(where & (self.owner == number))[0])
+        lead = len(text.text) - len(text.text.lstrip())
+        said, before = text.text.strip(), text.text[lead : own[0]]
+        rendered = _text(self.points)
+        if any(rendered.startswith(quote(said), first - len(quote(before))) for quote in _QUOTES):
             return True
-        where = start + np.flatnonzero(self.owner[start:end] == number)
-        shown = _text(self.points[where[0] : where[len(own) - 1] + 1])
-        said = text.text[own[0] : own[-1] + 1]
-        if shown == said:
-            return True
-        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1], repr(said)[1:-1], escape(said))
         marks = "|".join(re.escape(literal) for literal in self.kept if not literal.isalnum())
-        spaced = re.compile(rf"\s*(?:{marks})\s*" if marks else "(?!)")
-        plain = spaced.sub(lambda found: found[0].strip(), shown)
-        return any(plain == spaced.sub(lambda found: found[0].strip(), form) for form in forms)
+        if not marks:
+            return False
+        spaced = re.compile(rf"\s*(?:{marks})\s*")
+        near = rendered[max(0, first - len(before) - 20) : first + 2 * len(said) + 20]
+        return spaced.sub(lambda mark: mark[0].strip(), said) in spaced.sub(lambda mark: mark[0].strip(), near)
+
+
+_QUOTES: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: text.replace("\\", "\\\\").replace("'", "\\'"),
+    lambda text: repr(text + "'")[1:-2],
+    lambda text: text.replace("'", "\\'"),
+)
+"""How templates write a text: as it is, as JSON, and between single or double quotes of a language like Python."""
 
 
 def trace(
@@ -145,9 +165,11 @@ def trace(
     first = _unused_letters(points, len(found))
     everything = "\0".join(text for _, text in found)
     kept = tuple(literal for literal in literals if literal in everything)
-    # A template that quotes or compares what is neither letter nor digit gets those undyed at the second try.
-    for dyeable in (_visible(), _alphanumeric()):
-        texts = tuple(Text(turn, messages[turn].role, text, _dyed(text, kept, dyeable)) for turn, text in found)
+    # A template may look for its own literals in a text and then do something else, and may quote what is no letter: what
+    # the render shows to depend on is left undyed at the next try.
+    tries = [((), _visible()), (kept, _visible()), (kept, _alphanumeric())]
+    for left, dyeable in tries if kept else tries[1:]:
+        texts = tuple(Text(turn, messages[turn].role, text, _dyed(text, left, dyeable)) for turn, text in found)
         brush = iter(range(len(texts)))
 
         def paint(_: str, texts: tuple[Text, ...] = texts, brush: Iterator[int] = brush) -> str:
@@ -163,7 +185,7 @@ def trace(
             owner = dyed.astype(np.int32) - first
             owner[(owner < 0) | (owner >= len(texts))] = -1
             if bool((dyed == points)[owner < 0].all()):
-                return Trace(points, owner, texts, kept)
+                return Trace(points, owner, texts, left)
     raise Refused(
         "untraceable",
         "the render changes with the letters of the text, so it cannot be shown where its characters come from",

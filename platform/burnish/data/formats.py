@@ -21,28 +21,42 @@ _CALLS = ("function_call", "tool_call")
 
 def messages_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same conversation as a row with `messages`; raises Refused bad-row where the row has none of the known shapes."""
-    rest = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
     if row.get("messages") is not None:
-        return row
-    if row.get("conversations") is not None:
-        return {**rest, "messages": _sharegpt(row)}
-    if "prompt" in row and "completion" in row:
-        return {**rest, "messages": _prompt_completion(row["prompt"], row["completion"])}
-    if "instruction" in row and "output" in row:
-        return {**rest, "messages": _alpaca(row)}
-    raise Refused(
-        "bad-row",
-        "the row needs `messages`, or `conversations` (ShareGPT), or `prompt` and `completion`, or `instruction` and "
-        f"`output` (Alpaca); it has {', '.join(sorted(map(str, row))) or 'no keys'}",
-    )
+        messages = row["messages"]
+    elif row.get("conversations") is not None:
+        messages = _sharegpt(row["conversations"])
+    elif "prompt" in row and "completion" in row:
+        messages = _prompt_completion(row["prompt"], row["completion"])
+    elif "instruction" in row and "output" in row:
+        messages = _alpaca(row)
+    else:
+        raise Refused(
+            "bad-row",
+            "the row needs `messages`, or `conversations` (ShareGPT), or `prompt` and `completion`, or `instruction` and "
+            f"`output` (Alpaca); it has {', '.join(sorted(map(str, row))) or 'no keys'}",
+        )
+    rest = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
+    return {**rest, "messages": _with_system(messages, row)}
 
 
-def _sharegpt(row: Mapping[str, Any]) -> list[Any]:
-    turns = row["conversations"]
+def _with_system(messages: Any, row: Mapping[str, Any]) -> Any:
+    """The messages behind the system prompt that the row has in a column of its own."""
+    key = "system" if row.get("system") else "system_prompt"
+    if not row.get(key) or not isinstance(messages, list):
+        return messages
+    system = {"role": "system", "content": _text(row[key], key)}
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if first.get("role") != "system":
+        return [system, *messages]
+    if first.get("content") != row[key]:
+        raise Refused("bad-row", f"`{key}` and the first message are two different system prompts; keep one")
+    return messages
+
+
+def _sharegpt(turns: Any) -> list[Any]:
     if not isinstance(turns, list):
         raise Refused("bad-row", f"`conversations` must be a list of turns with from and value; found {turns!r:.60}")
-    first = [{"role": "system", "content": _text(row["system"], "system")}] if row.get("system") else []
-    return first + [_sharegpt_turn(turn, position) for position, turn in enumerate(turns)]
+    return [_sharegpt_turn(turn, position) for position, turn in enumerate(turns)]
 
 
 def _sharegpt_turn(turn: Any, position: int) -> Any:
@@ -50,18 +64,18 @@ def _sharegpt_turn(turn: Any, position: int) -> Any:
     if not isinstance(turn, dict) or turn.get("role") is not None:
         return turn
     speaker, value = turn.get("from"), turn.get("value")
-    if speaker not in _ROLES:
+    if not isinstance(speaker, str) or speaker not in _ROLES:
         raise Refused("bad-row", f"`from` must be one of {', '.join(_ROLES)}; found {speaker!r}", position)
-    kept = {key: turn[key] for key in ("train", "weight") if key in turn}
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role")}
     if speaker not in _CALLS:
-        return {"role": _ROLES[speaker], "content": value, **kept}
+        return {**rest, "role": _ROLES[speaker], "content": value}
     try:
         calls = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused(
             "bad-row", f"the value of a {speaker} must be JSON with name and arguments: {value!r:.60}", position
         ) from None
-    return {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls], **kept}
+    return {**rest, "role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _prompt_completion(prompt: Any, completion: Any) -> list[Any]:
@@ -81,12 +95,11 @@ def _alpaca(row: Mapping[str, Any]) -> list[Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise Refused("bad-row", f"`history` must be a list of pairs of question and answer; found {history!r:.60}")
-    system = [{"role": "system", "content": _text(row["system"], "system")}] if row.get("system") else []
     question = _text(row["instruction"], "instruction")
     question += "\n" + _text(row["input"], "input") if row.get("input") else ""
     pairs = [*history, (question, _text(row["output"], "output"))]
     turns = [({"role": "user", "content": asked}, {"role": "assistant", "content": answer}) for asked, answer in pairs]
-    return system + [message for turn in turns for message in turn]
+    return [message for turn in turns for message in turn]
 
 
 def _text(value: Any, key: str) -> str:

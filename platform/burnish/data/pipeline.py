@@ -82,8 +82,11 @@ def render_row(row: Any, name: str, template: Template, recipe: Recipe) -> list[
     if not isinstance(row, dict):
         raise Refused("bad-row", f"{name} is not a JSON object; found {row!r:.80}")
     data = recipe.data
-    conversation = Conversation.parse(formats.messages_form(row))
-    return render(conversation, template, data.max_length, data.train_on, data.history, data.on_overlong)
+    try:
+        conversation = Conversation.parse(formats.messages_form(row))
+        return render(conversation, template, data.max_length, data.train_on, data.history, data.on_overlong)
+    except RecursionError:
+        raise Refused("bad-row", f"{name} is nested too deeply to be read") from None
 
 
 def render_window(window: sources.Window, epoch: int, template: Template, recipe: Recipe) -> WindowResult:

@@ -36,6 +36,34 @@ _TOOL = {
         },
     },
 }
+_RICH = {
+    "type": "function",
+    "function": {
+        "name": "größe",
+        "description": "Masse < 3 & 'mehr' \"so\".",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "flag": {"type": "boolean"},
+                "ratio": {"type": "number", "minimum": 0.5, "nullable": True},
+                "place": {
+                    "type": "object",
+                    "properties": {"lat": {"type": "number"}, "names": {"type": "array", "items": {"type": "string"}}},
+                    "required": ["lat"],
+                },
+                "either": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "code": {"type": ["string", "null"], "default": None},
+            },
+            "required": [],
+        },
+        "returns": {"type": "object", "properties": {"ok": {"type": "boolean", "description": "Done."}}},
+    },
+}
+"""Every kind of parameter that templates print in ways of their own."""
+_RICH_ARGUMENTS = {
+    "flag": True, "off": False, "ratio": 0.25, "count": 3, "none": None, "text": "é <b> 'a' \"b\" \\ {c}\n\tend",
+    "place": {"lat": 1.5, "names": ["x", "y'z"]}, "list": [1, True, None, "two"], "empty": {},
+}  # fmt: skip
 _ASKED = _says("user", "What does burnish mean?")
 _CALLED = _says("assistant", "", tool_calls=[_call(1, "look_up", word="burnish", limit=1)])
 _TOLD = _result(1, '{"meaning": "to polish"}')
@@ -82,6 +110,15 @@ PROBES: dict[str, dict[str, Any]] = {
         ],
         "tools": [_TOOL],
     },
+    "rich tools": {
+        "messages": [
+            _ASKED, _says("assistant", "", tool_calls=[_call(1, "größe", **_RICH_ARGUMENTS)]),
+            _result(1, "é <b> 'a' \"b\""), _says("assistant", "Done."),
+        ],
+        "tools": [_RICH, _TOOL],
+    },
+    "thought in the last answer": {"messages": _talk("Why?", "<think>\nHm.\n</think>\n\nBecause.")},
+    "long": {"messages": _talk(*(f"{number} " + "word " * (500 if number == 2 else 3) for number in range(14)))},
     "no tools listed": {"messages": [_ASKED, _CALLED, _TOLD, _says("assistant", "To polish.")]},
 }  # fmt: skip
 """Each a row in `messages` form, by name."""

@@ -7,6 +7,9 @@ so that each is trained once, in exactly the tokens that the server would feed. 
 between P and the stop token stands the whole answer and nobody else's text. What cannot be shown is refused, by row.
 """
 
+import json
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,6 +21,9 @@ from burnish.data.conversation import Conversation, Message, Refused
 from burnish.data.dye import Trace, trace
 from burnish.data.packing import Sample
 from burnish.data.template import Encoding, Template
+
+_APART = {"not-prefix-stable", "prompt-tokens"}
+"""Why a turn cannot share a later turn's sample, and can have one of its own."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class _Scene:
         for stop in self.template.stop_tokens:
             if rest.startswith(tail + stop):
                 return stop
-        shown = (until + rest.removeprefix(tail))[-60:]
+        stops = ", ".join(map(repr, self.template.stop_tokens))
         raise Refused(
             "no-stop",
-            f"no stop token ({', '.join(map(repr, self.template.stop_tokens))}) after the answer; the render goes on "
-            f"{shown!r}. Name the token at which serving stops in template.stop_tokens, or mend the template",
+            f"no stop token ({stops}) after the answer: the render ends {until[-40:]!r}, and with another message it goes "
+            f"on {rest[:40]!r}. Name the token at which serving stops in template.stop_tokens, or mend the template",
             turn,
         )
 
@@ -131,7 +137,7 @@ class _Scene:
         exchange = self.exchange(turn)
         encoding: Encoding | None = self.template.encode(exchange.text)
         assert encoding is not None
-        if self.template.tokens_of_prompt(encoding, exchange.prompt) is None:
+        if self._tokens_of_prompt(encoding, turn) is None:
             encoding = self.template.encode_apart(exchange.prompt, exchange.text[len(exchange.prompt) :])
             if encoding is None:
                 raise Refused(
@@ -147,7 +153,7 @@ class _Scene:
         exchange = self.exchange(turn)
         if not row.text.startswith(exchange.prompt):
             raise Refused("not-prefix-stable", differ(exchange.prompt, row.text), turn)
-        first = self.template.tokens_of_prompt(row.encoding, exchange.prompt)
+        first = self._tokens_of_prompt(row.encoding, turn)
         if first is None:
             raise Refused("prompt-tokens", "the tokens before the answer are not those of the prompt alone", turn)
         last = self._first_stop(row.encoding, first)
@@ -157,10 +163,17 @@ class _Scene:
         if end > len(exchange.text) or row.text[:end] != exchange.text[:end]:
             raise Refused("not-prefix-stable", differ(exchange.text[:end], row.text[:end]), turn)
         self._check_whole(row, turn, first, last)
-        unknown = self.template.tokenizer.unk_token_id
-        if unknown is not None and (row.encoding.ids[first:last] == unknown).any():
-            raise Refused("unknown-token", "the vocabulary has no token for a character of this answer", turn)
         return first, last
+
+    def _tokens_of_prompt(self, encoding: Encoding, turn: int) -> int | None:
+        """How many tokens are the server's prompt; None where one of them reaches into the answer."""
+        prompt = self.exchange(turn).prompt
+        count = self.template.tokens_of_prompt(encoding, prompt)
+        # A control token may eat the spaces behind it: those that the template writes, but not an answer's own.
+        fields = self.conversation.messages[turn].fields
+        spaced = any(str(fields.get(key) or "")[:1].isspace() for key in ("content", "reasoning_content"))
+        eaten = count and spaced and encoding.span(count - 1)[1] > len(prompt)
+        return None if eaten else count
 
     def _first_stop(self, encoding: Encoding, first: int) -> int | None:
         at = int(np.searchsorted(encoding.stops, first))
@@ -169,10 +182,14 @@ class _Scene:
     def _check_whole(self, row: _Row, turn: int, first: int, last: int) -> None:
         """The second proof: raises Refused unless tokens [first, last) hold the whole answer, and nobody else's text."""
         start, end = row.encoding.span(first)[0], row.encoding.span(last)[0]
-        row.trace.check_answer(turn, start, end)
+        row.trace.check_answer(turn, len(self.exchange(turn).prompt), start, end)
         for value in self.conversation.messages[turn].plain_values():
-            if value not in row.text[start:end]:
+            forms = {value, json.dumps(value, ensure_ascii=False)[1:-1], value.capitalize()}
+            if not any(re.search(rf"(?<![\w.]){re.escape(form)}(?![\w.])", row.text[start:end]) for form in forms):
                 raise Refused("dropped-content", f"the template does not render {value!r} in this answer as it is", turn)
+        missing = self.template.unsayable(row.encoding, first, last)
+        if missing:
+            raise Refused("unknown-token", f"the vocabulary has no token for a character near {missing!r} of this answer", turn)
 
 
 def render(
@@ -199,6 +216,7 @@ def render(
         if not conversation.messages[turn].says():
             raise Refused("empty-target", "the answer is empty; give it content or tool calls, or write train: false", turn)
     template.refuse_control_tokens(conversation)
+    template.refuse_unseen_fields(conversation)
     scene = _Scene(conversation, template)
     samples: list[Sample] = []
     while turns:
@@ -225,8 +243,8 @@ def _sample(scene: _Scene, turns: list[int], max_length: int) -> Sample:
     for turn in turns:
         try:
             first, last = scene.target(row, turn)
-        except Refused:
-            if turn == turns[-1]:
+        except Refused as refusal:
+            if turn == turns[-1] or refusal.code not in _APART:
                 raise
             continue  # it gets a sample of its own
         trained[first : last + 1] = True
@@ -245,17 +263,23 @@ def _shortened(scene: _Scene, turns: list[int], max_length: int, overlong: Refus
     Raises Refused overlong where the last exchange alone, with the system messages, is too long.
     """
     messages = scene.conversation.messages
-    system = next(i for i, message in enumerate(messages) if message.role not in ("system", "developer"))
-    starts = [i for i in range(system + 1, turns[-1]) if messages[i].role == "user" and messages[i - 1].role != "user"]
-    for start in starts:
-        kept = [*range(system), *range(start, turns[-1] + 1)]
+    starts = [i for i in range(1, turns[-1]) if messages[i].role == "user" and messages[i - 1].role != "user"]
+
+    def sample(start: int) -> Sample | None:
+        kept = [i for i in range(turns[-1] + 1) if i >= start or messages[i].role in ("system", "developer")]
         shorter = replace(scene.conversation, messages=tuple(messages[i] for i in kept))
+        wanted = [position for position, turn in enumerate(kept) if turn in turns]
         try:
-            wanted = [position for position, turn in enumerate(kept) if turn in turns]
-            sample = _sample(_Scene(shorter, scene.template), wanted, max_length)
+            found = _sample(_Scene(shorter, scene.template), wanted, max_length)
         except Refused as refusal:
-            if refusal.code != "overlong":
-                raise Refused(refusal.code, refusal.message, None if refusal.turn is None else kept[refusal.turn]) from None
-            continue
-        return replace(sample, turns=tuple(kept[position] for position in sample.turns))
+            if refusal.code == "overlong":
+                return None
+            raise Refused(refusal.code, refusal.message, None if refusal.turn is None else kept[refusal.turn]) from None
+        return replace(found, turns=tuple(kept[position] for position in found.turns))
+
+    # The later the start the shorter the sample, so the first start that fits is found by halving.
+    at = bisect_left(starts, True, key=lambda start: sample(start) is not None)
+    longest = sample(starts[at]) if at < len(starts) else None
+    if longest is not None:
+        return longest
     raise Refused("overlong", f"{overlong.message}, even without the turns before the last question", turns[-1])

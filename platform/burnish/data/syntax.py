@@ -33,13 +33,15 @@ class _Generation(Extension):
 class Syntax:
     """Facts of one template source.
 
-    `sha256` is blind to comments, to spacing inside tags and to quoting; `literals` are its string constants of two
-    characters and more, the longest first; `variables` are the names that the one who renders may set: those that the
-    template never sets itself, or asks whether they are defined, or gives a default.
+    `sha256` is blind to comments, to spacing inside tags and to quoting. `literals` are its string constants of two
+    characters and more, the longest first. `names` are all names and strings by which it may reach a field of a message.
+    `variables` are the names that the one who renders may set: those that the template never sets itself, or asks whether
+    they are defined, or gives a default.
     """
 
     sha256: str
     literals: tuple[str, ...]
+    names: frozenset[str]
     variables: frozenset[str]
     reads_clock: bool
 
@@ -68,6 +70,7 @@ def parse(source: str) -> Syntax:
     return Syntax(
         sha256=hashlib.sha256(json.dumps(_dump(tree), ensure_ascii=False).encode("utf-8", "replace")).hexdigest(),
         literals=tuple(sorted((text for text in constants if len(text.strip()) > 1), key=lambda text: (-len(text), text))),
+        names=frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)}),
         variables=frozenset((undeclared - own | undeclared & asked) - _GIVEN),
         reads_clock="strftime_now" in undeclared,
     )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import pre_tokenizers
 
 from burnish.data import syntax
 from burnish.data.conversation import Conversation, Message, Refused, strings
@@ -40,11 +41,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Tokens of a text, ids int32 [n]; `cuts` are the positions of control tokens, `stops` those of stop tokens.
+    """Tokens of `text`, ids int32 [n]; `cuts` are the positions of control tokens, `stops` those of stop tokens.
 
     `parts` are (first token, first character, encoding) of texts encoded apart.
     """
 
+    text: str
     ids: NDArray[np.int32]
     cuts: NDArray[np.intp]
     stops: NDArray[np.intp]
@@ -90,7 +92,7 @@ class Template:
     @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
         """The text of each stop token."""
-        return tuple(self.decode([i]) for i in sorted(self.stop_ids))
+        return tuple(filter(None, (self.decode([i]) for i in sorted(self.stop_ids))))
 
     @cached_property
     def _cuts(self) -> NDArray[np.bool_]:
@@ -104,7 +106,7 @@ class Template:
 
     def _table(self, ids: Iterable[int]) -> NDArray[np.bool_]:
         table = np.zeros(1 + max(self._backend.get_vocab(with_added_tokens=True).values()), bool)
-        table[list(ids)] = True
+        table[[i for i in ids if i < len(table)]] = True
         return table
 
     @cached_property
@@ -149,10 +151,10 @@ class Template:
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
         found = self._backend.encode(text, add_special_tokens=False)
-        return self._encoding(np.array(found.ids, np.int32), ((0, 0, found),))
+        return self._encoding(text, np.array(found.ids, np.int32), ((0, 0, found),))
 
-    def _encoding(self, ids: NDArray[np.int32], parts: tuple[tuple[int, int, Any], ...]) -> Encoding:
-        return Encoding(ids, np.flatnonzero(self._cuts[ids]), np.flatnonzero(self._stops[ids]), parts)
+    def _encoding(self, text: str, ids: NDArray[np.int32], parts: tuple[tuple[int, int, Any], ...]) -> Encoding:
+        return Encoding(text, ids, np.flatnonzero(self._cuts[ids]), np.flatnonzero(self._stops[ids]), parts)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""
@@ -178,12 +180,16 @@ class Template:
             ids = self.encode(ending).ids
             if len(self._endings) < _KEPT_ENDINGS and len(ending) < 64:
                 self._endings[ending] = ids
-        return first + len(ids) if np.array_equal(encoding.ids[first : first + len(ids)], ids) else None
+        count = first + len(ids)
+        if not np.array_equal(encoding.ids[first:count], ids):
+            return None
+        # A normalizer may cut the spaces at the end of the prompt alone, which then are the next token here.
+        return None if count < len(encoding.ids) and encoding.span(count)[0] < len(prompt) else count
 
     def encode_apart(self, prompt: str, rest: str) -> Encoding | None:
         """The tokens of `prompt` followed by those of `rest`, as a server that feeds the prompt alone meets them.
 
-        None where the tokenizer writes the start of a text otherwise than its middle, so that the parts are not the whole.
+        None where the tokenizer writes the start of a text otherwise than its middle, so that the parts do not say the rest.
         """
         head, whole = self.encode(prompt), self.decode(self.encode(prompt + rest).ids)
         # Behind a stop token, a tokenizer of the SentencePiece kind adds no space to the start of a text.
@@ -191,10 +197,51 @@ class Template:
             tail = self.encode(before + rest)
             cut = 1 if before else 0
             ids = np.concatenate([head.ids, tail.ids[cut:]])
-            if self.decode(ids) == whole:
+            if self.decode(ids) == whole or self.decode(tail.ids[cut:]).rstrip() == rest.rstrip():
                 part = (len(head.ids) - cut, len(prompt) - len(before), tail.parts[0][2])
-                return self._encoding(ids, (*head.parts, part))
+                return self._encoding(prompt + rest, ids, (*head.parts, part))
         return None
+
+    @cached_property
+    def _says_everything(self) -> bool:
+        """Whether the vocabulary has a token for any text: all bytes, or a fallback to them."""
+        rules = self.vocabulary()
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        bytes_of = pre_tokenizers.ByteLevel.alphabet()
+        return bool(rules["model"].get("byte_fallback")) or all(byte in vocabulary for byte in bytes_of)
+
+    @cached_property
+    def _unknown_ids(self) -> frozenset[int]:
+        model = self.vocabulary()["model"]
+        named = self._backend.token_to_id(str(model["unk_token"])) if model.get("unk_token") else model.get("unk_id")
+        return frozenset(i for i in (named, self.tokenizer.unk_token_id) if i is not None)
+
+    def unsayable(self, encoding: Encoding, first: int, last: int) -> str:
+        """A piece of the text of tokens [first, last) for which the vocabulary has no token; empty where it has all."""
+        if self._says_everything:
+            return ""
+        before = encoding.span(first)[0]
+        for token in range(first, last + 1):
+            start, end = encoding.span(token)
+            piece = encoding.text[before:start] + (
+                encoding.text[start:end] if encoding.ids[token] in self._unknown_ids else ""
+            )
+            if piece.strip():
+                return piece
+            before = max(before, end)
+        return ""
+
+    def refuse_unseen_fields(self, conversation: Conversation) -> None:
+        """Raises Refused where a message has a field that the template reads and that is not passed to it."""
+        for turn, message in enumerate(conversation.messages):
+            for name in message.others:
+                if name in self.syntax.names:
+                    raise Refused(
+                        "bad-row",
+                        f"the template reads the field {name!r} of messages, which is not passed to it; put what it says "
+                        "into content, reasoning_content or tool_calls, or take it out",
+                        turn,
+                    )
 
     def refuse_control_tokens(self, conversation: Conversation) -> None:
         """Raises Refused where a row holds the text of a special token, which would end or forge a turn."""

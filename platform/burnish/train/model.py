@@ -137,6 +137,8 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
 
 def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: frozenset[int], date: str | None) -> Template:
     """A template that shows the day `date` (ISO), else today, where it reads the clock. Raises what Template raises."""
+    # Generation configurations may name ids of a padded vocabulary, which no text has.
+    stop_ids = frozenset(i for i in stop_ids if tokenizer.convert_ids_to_tokens(i) is not None)
     if not syntax.parse(source).reads_clock:
         return Template(tokenizer, source, kwargs, stop_ids)
     day = datetime.date.fromisoformat(date) if date else datetime.date.today()

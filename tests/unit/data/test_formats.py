@@ -38,6 +38,18 @@ def talk(row):
             {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]},
             [(S, "s", True), (U, "a", True), (A, "b", True), (U, "c", True), (A, "d", True)],
         ),
+        (
+            {"system_prompt": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            [(S, "s", True), (U, "a", True), (A, "b", True)],
+        ),
+        ({"system": "s", "prompt": "a", "completion": "b"}, [(S, "s", True), (U, "a", True), (A, "b", True)]),
+        (
+            {
+                "system": "s",
+                "messages": [{"role": S, "content": "s"}, {"role": U, "content": "a"}, {"role": A, "content": "b"}],
+            },
+            [(S, "s", True), (U, "a", True), (A, "b", True)],
+        ),
         # A column that another shape needs, beside messages: UltraChat has both.
         (
             {"prompt": "x", "messages": [{"role": U, "content": "a"}, {"role": A, "content": "b"}]},
@@ -56,14 +68,17 @@ def test_sharegpt_tool_calls_and_results_and_tools_as_text():
             {"from": "human", "value": "a"},
             {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"x": 1}})},
             {"from": "observation", "value": "12"},
-            {"from": "gpt", "value": "b"},
+            {"from": "gpt", "value": "b", "reasoning_content": "hm"},
         ],
         "tools": json.dumps(tools),
         "chat_template_kwargs": {"enable_thinking": False, "other": None},
     }
     conversation = Conversation.parse(messages_form(row))
     assert [message.role for message in conversation.messages] == [U, A, "tool", A]
-    assert conversation.messages[1].fields["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    assert conversation.messages[1].fields["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    ]
+    assert conversation.messages[3].fields["reasoning_content"] == "hm"
     assert list(conversation.tools) == tools and conversation.kwargs == {"enable_thinking": False}
 
 
@@ -76,6 +91,8 @@ def test_sharegpt_tool_calls_and_results_and_tools_as_text():
         ({"conversations": [{"from": "narrator", "value": "x"}]}, 0, "found 'narrator'"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}, 1, "content must be text; found None"),
         ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, 0, "must be JSON with name and arguments"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, 0, "found ['human']"),
+        ({"system": "s", "messages": [{"role": S, "content": "t"}]}, None, "two different system prompts"),
         ({"prompt": "a", "completion": [{"role": A, "content": "b"}]}, None, "prompt is 'a'"),
         ({"prompt": [1], "completion": []}, None, "prompt is [1]"),
         ({"prompt": None, "completion": "b"}, None, "prompt is None"),

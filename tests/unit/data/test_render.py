@@ -267,6 +267,10 @@ def test_a_row_sets_variables_of_its_own():
         (("{{- m.content }}", "{{- m.content if m.role == 'assistant' else '...' }}"), "dropped-content", 0),
         (("{{- m.content }}", "{{- m.content.split() | join('  ') }}"), "dropped-content", 1),
         (("{{- m.content }}", "{{- m.content | replace(' ', '\\n') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content.rstrip('.') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content | replace('*', '') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content | replace('/now', '') }}"), "dropped-content", 1),
+        (("{{- m.content }}", "{{- m.content | e }}"), "dropped-content", 1),
         (
             ("{{- m.content }}", "{{- m.content + messages[0].content if m.role == 'assistant' else m.content }}"),
             "foreign-text",
@@ -278,5 +282,63 @@ def test_a_row_sets_variables_of_its_own():
 )
 def test_the_dye_finds_what_a_template_does_to_an_answer(change, code, turn):
     with pytest.raises(Refused) as refusal:
-        render(talk((U, "hello"), (A, "Word by word")), template(CHATML.replace(*change)), 256)
+        render(talk((U, "hello"), (A, "*Word* by word < /now.")), template(CHATML.replace(*change)), 256)
     assert (refusal.value.code, refusal.value.turn) == (code, turn), refusal.value.message
+
+
+def test_what_the_prompt_says_of_the_answer_already_is_not_trained_again():
+    source = template(CHATML + "{%- if add_generation_prompt %}{{- '<think>' + '\n' }}{%- endif %}")
+    (sample,) = render(talk((U, "a"), (A, "<think>\nhm\n</think>\n\nb")), source, 256)
+    assert marked(sample, source).endswith("assistant\n<think>\n{+hm\n</think>\n\nb<|im_end|>+}\n")
+    with pytest.raises(Refused, match="unreachable-turn"):
+        render(talk((U, "a"), (A, "b")), source, 256)
+
+
+def test_a_field_that_the_template_reads_and_does_not_get_is_refused():
+    row = {"messages": [{"role": U, "content": "a", "mood": "dark"}, {"role": A, "content": "b", "id": 7}]}
+    assert render(Conversation.parse(row), CHATML_TEMPLATE, 256)
+    with pytest.raises(Refused, match="reads the field 'mood'") as refusal:
+        render(Conversation.parse(row), template("{{- messages[0].mood }}" + CHATML), 256)
+    assert (refusal.value.code, refusal.value.turn) == ("bad-row", 0)
+
+
+@pytest.mark.parametrize(("value", "drawn"), [(3, False), (True, False), ("Oslo", True)])
+def test_an_argument_that_the_template_drops_is_refused(value, drawn):
+    call = {"type": "function", "function": {"name": "get_days", "arguments": {"days": value, "city": "city 13"}}}
+    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "", "tool_calls": [call]}]}
+    strings = (
+        "{{- call.function.name }}{%- for k, v in call.function.arguments.items() %}"
+        "{{- ' ' + k + '=' + v if v is string else ' ' + k + '=' }}{%- endfor %}"
+    )
+    source = template(CHATML.replace("{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}", strings))
+    assert render(Conversation.parse(row), CHATML_TEMPLATE, 256)
+    if drawn:
+        assert render(Conversation.parse(row), source, 256)
+        return
+    with pytest.raises(Refused, match="dropped-content"):
+        render(Conversation.parse(row), source, 256)
+
+
+def test_truncate_turns_keeps_system_messages_wherever_they_stand():
+    row = {
+        "messages": [
+            {"role": U, "content": "long " * 60}, {"role": A, "content": "no", "train": False},
+            {"role": S, "content": "Answer in French"}, {"role": U, "content": "again"}, {"role": A, "content": "Oui."},
+        ]
+    }  # fmt: skip
+    (sample,) = render(Conversation.parse(row), CHATML_TEMPLATE, 120, on_overlong="truncate_turns")
+    assert marked(sample, CHATML_TEMPLATE) == chatml([(S, "Answer in French"), (U, "again"), (A, "Oui.")])
+    assert sample.turns == (4,)
+
+
+def test_history_last_turn_still_refuses_an_earlier_answer_that_cannot_be_proved():
+    row = {
+        "messages": [
+            {"role": U, "content": "a"},
+            {"role": A, "content": "b", "reasoning_content": "hm"},
+            *REASONED["messages"][2:4],
+        ]
+    }
+    for history in ("serve_exact", "last_turn"):
+        with pytest.raises(Refused, match="dropped-content"):
+            render(Conversation.parse(row), LLAMA3_TEMPLATE, 256, history=history)

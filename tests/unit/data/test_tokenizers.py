@@ -118,3 +118,45 @@ def test_an_answer_that_the_vocabulary_cannot_say_is_refused():
     with pytest.raises(Refused) as refusal:
         render(Conversation.parse(row), under_test, 10_000)
     assert (refusal.value.code, refusal.value.turn) == ("unknown-token", 1)
+
+
+def test_a_vocabulary_without_an_unknown_token_drops_nothing_in_silence():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    alphabet = sorted({*string.printable, "▁"})
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", *INST], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    under_test = template(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"), MISTRAL)
+    row = {"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "Copper wire"}]}
+    judge(under_test, row, render(Conversation.parse(row), under_test, 10_000))
+    row["messages"][1]["content"] = "Copper 한국 wire"
+    with pytest.raises(Refused, match="unknown-token"):
+        render(Conversation.parse(row), under_test, 10_000)
+
+
+def test_spaces_of_an_answer_that_a_control_token_would_eat_are_trained():
+    source = (
+        "{%- for m in messages %}{{- '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"
+    )
+    tokenizer = byte_level([])
+    tokens = [AddedToken(token, rstrip=True, normalized=False) for token in ("<|user|>", "<|assistant|>", "</s>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    under_test = template(tokenizer, source)
+    row = {"messages": [{"role": "user", "content": "Code"}, {"role": "assistant", "content": "    return 1"}]}
+    (sample,) = render(Conversation.parse(row), under_test, 10_000)
+    assert under_test.decode(sample.input_ids[sample.trained]) == "    return 1</s>"
+
+
+def test_a_normalizer_that_strips_the_prompt_does_not_get_its_newline_trained():
+    tokenizer = byte_level([])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    under_test = template(tokenizer, PLAIN.replace("+ ': '", "+ '\n'").replace("assistant: ", "assistant\n"))
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    try:
+        (sample,) = render(Conversation.parse(row), under_test, 10_000)
+    except Refused as refusal:
+        assert refusal.code == "prompt-tokens"
+    else:
+        assert under_test.decode(sample.input_ids[sample.trained]) == "Hello</s>"
