@@ -189,7 +189,7 @@ class _Scene:
                 raise Refused("dropped-content", f"the template does not render {value!r} in this answer as it is", turn)
         missing = self.template.unsayable(row.encoding, first, last)
         if missing:
-            raise Refused("unknown-token", f"the vocabulary has no token for a character near {missing!r} of this answer", turn)
+            raise Refused("unknown-token", f"the vocabulary has no token for a character near {missing!r}", turn)
 
 
 def render(
