@@ -63,6 +63,39 @@ def test_no_template_went_missing():
     assert len(PUBLISHED) >= 41
 
 
+CLOSED = {"reasoning", "reasoning history", "reasoning and tools"}
+"""Shapes with reasoning, which a prompt that closes <think> cannot lead to."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "refused"),
+    [
+        ("qwen3", {"enable_thinking": False}, CLOSED),
+        ("qwen3", {"enable_thinking": True}, set()),
+        ("qwen3_6", {"preserve_thinking": True}, set()),
+        ("qwen3_8", {"preserve_thinking": True, "enable_thinking": False}, CLOSED),
+        ("qwen3_5_nothink", {"enable_thinking": True}, set()),
+        ("nemotron_3_nano", {"enable_thinking": False}, CLOSED),
+        ("glm4moe", {"enable_thinking": False}, CLOSED),
+        ("lfm2_2_5", {"preserve_thinking": True}, set()),
+        ("llama3_1", {"tools_in_user_message": False}, CLOSED),
+        ("llama3_2", {"date_string": "1 Jan 2020"}, CLOSED),
+        ("gptoss", {"reasoning_effort": "high"}, {"reasoning and tools"}),
+    ],
+)
+def test_variables_of_a_template_change_the_prompt_and_every_turn_stays_exact(name, kwargs, refused):
+    template = template_of(name, None, **kwargs)
+    found = set()
+    for shape, row in SHAPES.items():
+        try:
+            samples = render(Conversation.parse(row), template, 100_000)
+        except Refused:
+            found.add(shape)
+        else:
+            judge(template, row, samples)
+    assert found == refused
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_cosmetic_edit_is_no_alarm_and_another_role_is(name):
     template = template_of(name)
