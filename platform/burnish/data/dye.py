@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,35 +33,55 @@ class Text:
     text: str
     dyed: NDArray[np.bool_]
 
+    @cached_property
+    def points(self) -> NDArray[np.uint32]:
+        """The code points of the text."""
+        return _points(self.text)
+
 
 @dataclass(frozen=True)
 class Trace:
     """A render and for each of its characters the number of the text that it came from, -1 for the template's own.
 
-    Invariant: `owner` int32 and `points` uint32 (code points of the render) are as long as the render. `kept` are the
-    template's literals that stand in some text, and were not dyed.
+    Invariant: `owner` int32 is as long as the render. `kept` are the template's literals that stand in some text, and were
+    not dyed.
     """
 
-    points: NDArray[np.uint32]
+    render: str
     owner: NDArray[np.int32]
     texts: tuple[Text, ...]
     kept: tuple[str, ...]
 
+    @cached_property
+    def _places(self) -> list[NDArray[np.intp]]:
+        """For each text the positions of the characters that came from it, in order."""
+        order = np.argsort(self.owner, kind="stable")
+        edges = np.searchsorted(self.owner[order], np.arange(len(self.texts) + 1))
+        return [order[start:end] for start, end in pairwise(edges)]
+
+    @cached_property
+    def _points(self) -> NDArray[np.uint32]:
+        return _points(self.render)
+
+    @cached_property
+    def _turns(self) -> NDArray[np.int32]:
+        return np.array([text.turn for text in self.texts], np.int32)
+
     def last_owned(self, turn: int) -> tuple[int, int]:
         """Position and owner of the last character that came from a message before `turn`; (-1, -1) where there is none."""
-        before = sum(text.turn < turn for text in self.texts)
+        before = int(np.searchsorted(self._turns, turn))
         owned = np.flatnonzero((self.owner >= 0) & (self.owner < before))
         return (int(owned[-1]), int(self.owner[owned[-1]])) if len(owned) else (-1, -1)
 
     def followed_by(self, other: "Trace", start: int) -> "Trace":
         """This render followed by another one of the same conversation from its character `start` on."""
-        points, owner = np.append(self.points, other.points[start:]), np.append(self.owner, other.owner[start:])
-        return Trace(points, owner, max(self.texts, other.texts, key=len), other.kept)
+        owner = np.append(self.owner, other.owner[start:])
+        return Trace(self.render + other.render[start:], owner, max(self.texts, other.texts, key=len), other.kept)
 
     def padded(self, text: str) -> "Trace":
         """This render with text of the template's own behind it."""
         own = np.full(len(text), -1, np.int32)
-        return replace(self, points=np.append(self.points, _points(text)), owner=np.append(self.owner, own))
+        return replace(self, render=self.render + text, owner=np.append(self.owner, own)) if text else self
 
     def check_answer(self, turn: int, prompt_end: int, start: int, end: int) -> None:
         """Raises Refused unless characters [start, end) hold every text of this message whole, and no other message's.
@@ -68,25 +89,21 @@ class Trace:
         What the server's prompt, characters [0, prompt_end), says of the answer already (an opened <think>) counts too.
         """
         inside = self.owner[start:end]
-        turns = np.array([text.turn for text in self.texts], np.int32)
-        foreign = np.flatnonzero((inside >= 0) & (turns[inside] != turn))
+        foreign = np.flatnonzero((inside >= 0) & (self._turns[inside] != turn))
         if len(foreign):
-            other = int(turns[inside[foreign[0]]])
+            other = int(self._turns[inside[foreign[0]]])
             shown = self.shown(start + int(foreign[0]))
             raise Refused("foreign-text", f"the template puts text of message {other} into this answer: {shown}", turn)
-        said = np.arange(len(self.owner)) < prompt_end
-        said[start:end] = True
-        everywhere = np.ones(len(self.owner), bool)
-        for number, text in enumerate(self.texts):
-            if text.turn != turn:
-                continue
+        for number in np.flatnonzero(self._turns == turn):
+            text, everywhere = self.texts[number], self._places[number]
             if not text.dyed.any():
-                whole = text.text.strip() in _text(self.points[start:end])
-            else:
-                whole = self._holds(number, said) and self._unchanged(number, said)
-            if whole:
+                self._check_undyed(text, start, end)
                 continue
-            if text.dyed.any() and not self._holds(number, said) and self._holds(number, everywhere):
+            said = everywhere[(everywhere < prompt_end) | ((everywhere >= start) & (everywhere < end))]
+            if self._holds(text, said):
+                if self._unchanged(text, int(said[0])):
+                    continue
+            elif self._holds(text, everywhere):
                 raise Refused("uncovered", f"{_short(text)} is not all between the prompt and the stop token", turn)
             raise Refused(
                 "dropped-content",
@@ -95,10 +112,25 @@ class Trace:
                 turn,
             )
 
+    def _check_undyed(self, text: Text, start: int, end: int) -> None:
+        """Raises Refused for a text of which nothing was dyed, unless it is quotes and spaces, and these are there."""
+        if text.text.strip() not in self.render[start:end]:
+            raise Refused("dropped-content", f"the template does not render {_short(text)} in this answer", text.turn)
+        if text.text.strip("\"'\\ \t\r\n"):
+            raise Refused(
+                "untraceable",
+                f"{_short(text)} is all that is said here, and cannot be told from the template's own text; take it out of "
+                "the row, or write train: false",
+                text.turn,
+            )
+
     def check_context(self, turn: int) -> None:
         """Raises Refused where what somebody else than the model said before this turn is not in the render."""
         for number, text in enumerate(self.texts):
-            if text.turn < turn and text.role != "assistant" and not self._holds(number, np.ones(len(self.owner), bool)):
+            if text.turn >= turn or text.role == "assistant":
+                continue
+            shown = self._holds(text, self._places[number]) if text.dyed.any() else text.text.strip() in self.render
+            if not shown:
                 raise Refused(
                     "dropped-content",
                     f"the template does not render this {text.role} message as it is: {_short(text)}; a server would not "
@@ -108,37 +140,31 @@ class Trace:
 
     def shown(self, at: int) -> str:
         """The render around a character."""
-        return repr(_text(self.points[max(0, at - 20) : at + 30]))
+        return repr(self.render[max(0, at - 20) : at + 30])
 
-    def _holds(self, number: int, where: NDArray[np.bool_]) -> bool:
-        """Whether these characters hold a text, letter by letter in its order, once or several times."""
-        text = self.texts[number]
-        letters = _points(text.text)[text.dyed]
-        if not len(letters):
-            return text.text.strip() in _text(self.points[where])
-        found = self.points[where & (self.owner == number)]
-        times, rest = divmod(len(found), len(letters))
-        return times > 0 and rest == 0 and bool((found.reshape(times, -1) == letters).all())
+    def _holds(self, text: Text, places: NDArray[np.intp]) -> bool:
+        """Whether the characters at these places are a text, letter by letter in its order, once or several times."""
+        letters = text.points[text.dyed]
+        times, rest = divmod(len(places), len(letters))
+        return times > 0 and rest == 0 and bool((self._points[places].reshape(times, -1) == letters).all())
 
-    def _unchanged(self, number: int, where: NDArray[np.bool_]) -> bool:
+    def _unchanged(self, text: Text, first: int) -> bool:
         """Whether also what is no letter stands around a text's letters as in the text: lines, indents, quotes.
 
-        Only spaces at its ends may be missing. A template that looks for one of its literals in a text may space it anew;
-        inside a tool call JSON or a language's quotes may lengthen it.
+        `first` is the place of its first letter. Only spaces at its ends may be missing. A template that looks for one of
+        its literals in a text may space it anew; inside a tool call JSON or a language's quotes may lengthen it.
         """
-        text = self.texts[number]
-        own = np.flatnonzero(text.dyed)
-        first = int(np.flatnonzero(where & (self.owner == number))[0])
         lead = len(text.text) - len(text.text.lstrip())
-        said, before = text.text.strip(), text.text[lead : own[0]]
-        rendered = _text(self.points)
-        if any(rendered.startswith(quote(said), first - len(quote(before))) for quote in _QUOTES):
-            return True
+        said, before = text.text.strip(), text.text[lead : int(np.argmax(text.dyed))]
+        for quote in _QUOTES:
+            start = first - len(quote(before))
+            if start >= 0 and self.render.startswith(quote(said), start):
+                return True
         marks = "|".join(re.escape(literal) for literal in self.kept if not literal.isalnum())
         if not marks:
             return False
         spaced = re.compile(rf"\s*(?:{marks})\s*")
-        near = rendered[max(0, first - len(before) - 20) : first + 2 * len(said) + 20]
+        near = self.render[max(0, first - len(before) - 20) : first + 2 * len(said) + 20]
         return spaced.sub(lambda mark: mark[0].strip(), said) in spaced.sub(lambda mark: mark[0].strip(), near)
 
 
@@ -174,7 +200,7 @@ def trace(
 
         def paint(_: str, texts: tuple[Text, ...] = texts, brush: Iterator[int] = brush) -> str:
             number = next(brush)
-            return _text(np.where(texts[number].dyed, first + number, _points(texts[number].text)))
+            return _text(np.where(texts[number].dyed, first + number, texts[number].points))
 
         painted = [Message(_each_text(message.fields, paint), message.train) for message in messages]
         try:
@@ -185,7 +211,7 @@ def trace(
             owner = dyed.astype(np.int32) - first
             owner[(owner < 0) | (owner >= len(texts))] = -1
             if bool((dyed == points)[owner < 0].all()):
-                return Trace(points, owner, texts, left)
+                return Trace(plain, owner, texts, left)
     raise Refused(
         "untraceable",
         "the render changes with the letters of the text, so it cannot be shown where its characters come from",
@@ -216,9 +242,9 @@ def _each_text(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[
 
 
 def _each_text_of_call(call: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    function = call.get("function", call)
-    changed = {**function, "name": change(function["name"]), "arguments": _each_string(function["arguments"], change)}
-    return {**call, "function": changed} if "function" in call else changed
+    function = call["function"]
+    arguments = _each_string(function["arguments"], change)
+    return {**call, "function": {**function, "name": change(function["name"]), "arguments": arguments}}
 
 
 def _each_string(value: Any, change: Callable[[str], str]) -> Any:

@@ -38,9 +38,8 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class _Row:
-    """The text of one sample, which ends with `turn`, its tokens, and where each character came from."""
+    """The text of one sample, its tokens, and where each character came from."""
 
-    turn: int
     text: str
     encoding: Encoding
     trace: Trace
@@ -146,7 +145,7 @@ class _Scene:
         own = self.trace(turn + 1, False)
         if exchange.grafted:
             own = self.trace(turn, True).followed_by(own, exchange.seam)
-        return _Row(turn, exchange.text, encoding, own.padded(exchange.text[len(own.owner) :]))
+        return _Row(exchange.text, encoding, own.padded(exchange.text[len(own.owner) :]))
 
     def target(self, row: _Row, turn: int) -> tuple[int, int]:
         """First and last token of an answer in a row; raises Refused where one of the proofs fails."""
@@ -159,7 +158,7 @@ class _Scene:
         last = self._first_stop(row.encoding, first)
         if last is None:
             raise Refused("no-stop", f"no stop token after the answer; the render ends {exchange.text[-60:]!r}", turn)
-        end = row.encoding.span(last)[1]
+        end = int(row.encoding.ends[last])
         if end > len(exchange.text) or row.text[:end] != exchange.text[:end]:
             raise Refused("not-prefix-stable", differ(exchange.text[:end], row.text[:end]), turn)
         self._check_whole(row, turn, first, last)
@@ -172,7 +171,7 @@ class _Scene:
         # A control token may eat the spaces behind it: those that the template writes, but not an answer's own.
         fields = self.conversation.messages[turn].fields
         spaced = any(str(fields.get(key) or "")[:1].isspace() for key in ("content", "reasoning_content"))
-        eaten = count and spaced and encoding.span(count - 1)[1] > len(prompt)
+        eaten = count and spaced and bool(encoding.ends[count - 1] > len(prompt))
         return None if eaten else count
 
     def _first_stop(self, encoding: Encoding, first: int) -> int | None:
@@ -181,7 +180,7 @@ class _Scene:
 
     def _check_whole(self, row: _Row, turn: int, first: int, last: int) -> None:
         """The second proof: raises Refused unless tokens [first, last) hold the whole answer, and nobody else's text."""
-        start, end = row.encoding.span(first)[0], row.encoding.span(last)[0]
+        start, end = int(row.encoding.starts[first]), int(row.encoding.starts[last])
         row.trace.check_answer(turn, len(self.exchange(turn).prompt), start, end)
         for value in self.conversation.messages[turn].plain_values():
             forms = {value, json.dumps(value, ensure_ascii=False)[1:-1], value.capitalize()}

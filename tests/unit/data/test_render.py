@@ -7,6 +7,7 @@ from burnish.data.conversation import Conversation, Refused
 from burnish.data.render import render
 from burnish.data.template import Template
 from tests.conftest import CHATML, LLAMA3, QWEN3_HISTORY, make_tokenizer
+from tests.judge import template_of
 
 U, A, S = "user", "assistant", "system"
 
@@ -342,3 +343,27 @@ def test_history_last_turn_still_refuses_an_earlier_answer_that_cannot_be_proved
     for history in ("serve_exact", "last_turn"):
         with pytest.raises(Refused, match="dropped-content"):
             render(Conversation.parse(row), LLAMA3_TEMPLATE, 256, history=history)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [("</think>", "untraceable"), ("\n</think>\n", "untraceable"), ("</think></think>", "dropped-content")],
+)
+def test_an_answer_that_is_nothing_but_what_the_template_looks_for_is_refused(answer, code):
+    # Qwen3 takes all of it for the end of a reasoning, and writes an empty think block that holds the same letters.
+    with pytest.raises(Refused) as refusal:
+        render(talk((U, "Hi"), (A, answer)), template_of("qwen3"), 256)
+    assert (refusal.value.code, refusal.value.turn) == (code, 1), refusal.value.message
+
+
+@pytest.mark.parametrize("answer", ["user", "assistant", '"', "\\", "?", "👍"])
+def test_an_answer_of_one_word_or_mark_is_no_such(answer):
+    (sample,) = render(talk((U, "Hi </think>"), (A, answer)), CHATML_TEMPLATE, 256)
+    assert CHATML_TEMPLATE.decode(sample.input_ids[sample.trained]) == f"{answer}<|im_end|>"
+
+
+def test_arguments_of_quotes_and_lines_are_no_such():
+    call = {"type": "function", "function": {"name": "cut", "arguments": {"at": "\n", "quote": '"', "escape": "\\"}}}
+    row = {"messages": [{"role": U, "content": "a"}, {"role": A, "content": "", "tool_calls": [call]}]}
+    (sample,) = render(Conversation.parse(row), template_of("qwen3"), 256)
+    assert r'{"at": "\n", "quote": "\"", "escape": "\\"}' in marked(sample, template_of("qwen3"))

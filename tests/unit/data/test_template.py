@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 from transformers import ByT5Tokenizer
 
 from burnish.data.template import Template
@@ -51,3 +54,26 @@ def test_prompt_tokens_found_at_the_end_alone_are_those_of_the_whole_prompt():
         alone = template.encode(text[:end]).ids
         same = len(alone) if np.array_equal(encoding.ids[: len(alone)], alone) else None
         assert template.tokens_of_prompt(encoding, text[:end]) == same, text[:end]
+
+
+def composed() -> Template:
+    """A vocabulary that composes letters with their accents, as Qwen's does, and a token that eats the spaces behind it."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("<eats>", rstrip=True, special=False, normalized=False)])
+    return Template(tokenizer, CHATML, {}, frozenset([2]))
+
+
+PIECES = ["<|im_start|>", "<|im_end|>", "<eats>", " ", "\n\n", "👩‍👩‍👧", "e\u0301", "é", "한", "\x00", "copper", "<|im"]
+SPELLED = {"plain": Template(make_tokenizer(CHATML), CHATML, {}, frozenset([2])), "composed": composed()}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+@given(text=st.lists(st.one_of(st.sampled_from(PIECES), st.text(st.characters(exclude_categories=["Cs"])))).map("".join))
+def test_every_token_knows_its_characters(kind, text):
+    # What tokenizers itself says, token by token, is what the bytes of the tokens say where they spell the text.
+    template = SPELLED[kind]
+    expected = template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    encoding = template.encode(text)
+    assert encoding.ids.tolist() == expected.ids
+    assert list(zip(encoding.starts.tolist(), encoding.ends.tolist(), strict=True)) == expected.offsets
