@@ -1,7 +1,7 @@
 """burnish: fine-tune chat models on Ray, exactly.
 
 recipe       = load("jobs/recipes/x.yaml", ["lora.rank=16"])     config.py
-rows         = read(window)                                      data/sources.py
+rows         = read(slice)                                       data/sources.py
 conversation = Conversation.parse(row)                           data/conversation.py
 samples      = render(conversation, template)                    data/template.py
 packs        = pack(samples, capacity)                           data/packing.py

@@ -5,6 +5,7 @@ and closed: an unknown key is refused with the nearest name that exists.
 """
 
 import datetime
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,21 +70,36 @@ class TemplateSpec(Spec):
 
 
 class SourceSpec(Spec):
-    """One file of conversations."""
+    """One source of conversations."""
 
-    path: str
-    """JSONL (also .gz, .zst) or Parquet file; rows have `messages`, or are ShareGPT, Alpaca or prompt and completion."""
+    path: str = Field(min_length=1)
+    """JSONL (also .gz, .zst), Parquet or Arrow file, folder or glob, here or on s3://, gs:// or any fsspec file system, or a
+    Hugging Face data set; rows have `messages`, or are ShareGPT, Alpaca or prompt and completion."""
+    split: str | None = None
+    """Split of a Hugging Face data set, by Hub id or local folder."""
+    subset: str | None = None
+    """Configuration of a Hugging Face data set that has several."""
+    revision: str | None = None
+    """Commit of a Hub data set; null takes the newest."""
     weight: float = Field(1.0, gt=0)
     """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows, another half in each epoch."""
+
+    @model_validator(mode="after")
+    def a_path_holds_no_secret(self) -> "SourceSpec":
+        """Raises ValueError for credentials in a path, which would end in logs, MLflow and the run folder."""
+        scheme, _, rest = self.path.partition("://")
+        if rest and ("@" in rest.partition("/")[0] or re.search("(?i)(secret|token|password|access_key)[^/]*=", rest)):
+            raise ValueError(f"path: holds credentials ({scheme}://...); give them in the environment, as AWS_ACCESS_KEY_ID")
+        return self
 
 
 class DataSpec(Spec):
     """Where conversations come from and what of them is trained."""
 
     train: tuple[SourceSpec, ...] = Field(min_length=1)
-    """Files to train on."""
+    """Sources to train on."""
     eval: tuple[SourceSpec, ...] = ()
-    """Held-out files; their loss is measured and never trained."""
+    """Held-out sources; their loss is measured and never trained."""
     max_length: int = Field(4096, ge=8)
     """Tokens in a pack; a longer conversation is overlong."""
     train_on: Literal["assistant", "last_assistant"] = "assistant"
@@ -97,8 +113,11 @@ class DataSpec(Spec):
     """Largest share of rows that may be refused (overlong rows apart); above it the run fails."""
     seed: int = Field(0, ge=0)
     """Seed of the order of rows."""
-    window_rows: int = Field(2048, ge=1)
-    """Rows that are shuffled and packed together, by one data task."""
+    window_rows: int = Field(4096, ge=1)
+    """Rows, drawn from many places of the sources, that are packed together."""
+    cache: str | None = "auto"
+    """Folder, here or on another file system, of rendered rows that all runs share; auto is `.cache` in checkpoint.storage,
+    null keeps none. It may be deleted at any time."""
 
 
 class OptimSpec(Spec):
@@ -250,6 +269,13 @@ class Recipe(Spec):
         """The absolute folder of this run, ``<storage>/<name>``."""
         return Path(self.checkpoint.storage).expanduser().absolute() / self.name
 
+    def cache_folder(self) -> str | None:
+        """Where rendered rows are kept, absolute; None where they are not."""
+        folder = self.data.cache
+        if folder == "auto":
+            folder = str(Path(self.checkpoint.storage) / ".cache")
+        return folder if folder is None or "://" in folder else str(Path(folder).expanduser().absolute())
+
     def located(self) -> "Recipe":
         """The same recipe with every local path absolute, for workers and trials, which run in folders of their own."""
 
@@ -260,7 +286,10 @@ class Recipe(Spec):
         if Path(self.model.path).expanduser().is_dir():
             tree["model"]["path"] = absolute(self.model.path)
         for source in tree["data"]["train"] + tree["data"]["eval"]:
-            source["path"] = absolute(source["path"])
+            here = source["split"] is None or Path(source["path"]).expanduser().exists()
+            if here and "://" not in source["path"]:
+                source["path"] = absolute(source["path"])
+        tree["data"]["cache"] = self.cache_folder()
         if self.template.path is not None:
             tree["template"]["path"] = absolute(self.template.path)
         tree["checkpoint"]["storage"] = absolute(self.checkpoint.storage)

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from burnish.config import Recipe
 from burnish.data import pipeline
@@ -23,20 +21,23 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Rows, refusals by code, samples, packs, tokens, steps, balance and memory of one epoch of a recipe.
 
-    Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, summed over steps; 1 is perfect.
+    Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, the mean of all steps; 1 is perfect.
     Raises what `prepare` raises.
     """
     prepared = prepare(recipe)
     one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
-    windows = list(pipeline.train_windows(one_epoch, prepared.train, Cursor()))
+    windows = pipeline.train_slices(one_epoch, prepared.train, Cursor())
     codes: Counter[str] = Counter()
     rows = samples = packs = tokens = trained = steps = 0
-    mean_cost = max_cost = 0.0
-    hidden = _hidden_size(recipe)
+    balanced = 0.0
     with connected(recipe.scale.num_workers):
-        stream = pipeline.stream(windows, prepared.template, recipe, num_workers=1)
+        stream = pipeline.stream(windows, prepared.rendering(), recipe.scale.num_workers, Cursor())
         stream.context.execution_options.preserve_order = True
-        for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")
+        for number, table in enumerate(shares):
+            samples += len(table.column("seq_lens").combine_chunks().flatten())
+            if number % recipe.scale.num_workers:
+                continue  # the same step as another worker meets it
             meta = StepMeta.from_json(table.column("meta")[0].as_py())
             codes.update(refusal["code"] for refusal in meta.refused)
             rows += meta.rows
@@ -44,9 +45,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             tokens += meta.tokens
             trained += meta.trained_tokens
             steps += bool(meta.packs)
-            costs = _costs(table, hidden).reshape(recipe.scale.num_workers, -1).sum(axis=1)
-            samples += int(sum(len(row) for row in table.column("seq_lens").to_pylist()))
-            mean_cost, max_cost = mean_cost + float(costs.mean()), max_cost + float(costs.max())
+            balanced += meta.balance * meta.tokens
     total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
     return {
         "rows": rows,
@@ -58,24 +57,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "trained_tokens": trained,
         "steps_per_epoch": steps,
         "steps": min(total_steps, recipe.train.max_steps or total_steps),
-        "balance": mean_cost / max_cost if max_cost else 1.0,
+        "tokens_per_step": tokens / max(1, steps),
+        "balance": balanced / tokens if tokens else 1.0,
         "memory": memory(recipe),
     }
-
-
-def _costs(table: pa.Table, hidden: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Relative cost of each pack: 6 * hidden * tokens + sum(length^2), the shape that verl's balancing uses.
-
-    A transformer layer spends about 12 * hidden^2 multiply-adds a token in its matrices and 2 * hidden * length in
-    attention; divided by 2 * hidden that is 6 * hidden + length.
-    """
-    lengths = [np.array(row, np.float64) for row in table.column("seq_lens").to_pylist()]
-    return np.array([6.0 * hidden * each.sum() + (each**2).sum() for each in lengths])
-
-
-def _hidden_size(recipe: Recipe) -> int:
-    config: Any = AutoConfig.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
-    return int(getattr(config.get_text_config(), "hidden_size", 1024))
 
 
 def memory(recipe: Recipe) -> dict[str, int] | None:
@@ -110,6 +95,7 @@ def show(result: dict[str, Any]) -> None:
         ("refused", refused),
         ("samples", f"{result['samples']:,}"),
         ("packs", f"{result['packs']:,} ({result['packing_efficiency']:.1%} full)"),
+        ("tokens a step", f"{result['tokens_per_step']:,.0f}"),
         ("tokens an epoch", f"{result['total_tokens']:,}, of them {result['trained_tokens']:,} trained"),
         ("steps", f"{result['steps']:,} ({result['steps_per_epoch']:,} an epoch)"),
         ("balance over workers", f"{result['balance']:.3f}"),

@@ -44,10 +44,10 @@ def rows(recipe: Recipe, limit: int | None = None, template: Template | None = N
     index = sources.index(
         [source.model_copy(update={"weight": 1.0}) for source in recipe.data.train], recipe.data.window_rows
     )
-    source_rows = ((window.row_name(at), row) for window in index.windows for at, row in sources.read(window))
+    source_rows = ((part.row_name(at), row) for part in index.slices for at, row in sources.read(part))
     for name, row in islice(source_rows, limit):
         try:
-            yield PreviewRow(name, None, tuple(render_row(row, name, template, recipe)))
+            yield PreviewRow(name, None, tuple(render_row(row, template, recipe)))
         except Refused as refusal:
             yield PreviewRow(name, refusal, ())
 

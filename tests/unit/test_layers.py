@@ -13,8 +13,8 @@ PACKAGE = ROOT / "platform" / "burnish"
 LAYERS = {
     0: {"errors", "complaint", "config", "reference"},
     1: {
-        "data.contract", "data.conversation", "data.dye", "data.formats", "data.packing", "data.probes", "data.render", "data.sources",
-        "data.syntax", "data.template", "train.schedule", "sweep.space",
+        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.packing", "data.probes",
+        "data.render", "data.rendered", "data.sources", "data.syntax", "data.template", "train.schedule", "sweep.space",
     },
     2: {
         "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",

@@ -94,8 +94,51 @@ def plan(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-def pack(samples: Sequence[Sample], capacity: int, rng: np.random.Generator) -> list[Pack]:
-    """The packs of one window in a seeded order: plan, shuffle inside each pack, shuffle the packs."""
-    groups = plan([len(sample) for sample in samples], capacity)
-    order = rng.permutation(len(groups))
-    return [Pack.of([samples[i] for i in rng.permutation(groups[g])]) for g in order]
+@dataclass(frozen=True)
+class Packs:
+    """Packs laid end to end: pack p has tokens [starts[p], starts[p + 1]) and samples [firsts[p], firsts[p + 1]).
+
+    Invariant: `input_ids` and `labels` int32 [n], `seq_lens` int32 [samples], `starts` and `firsts` int64 [packs + 1].
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> Pack:
+        tokens = slice(self.starts[number], self.starts[number + 1])
+        samples = slice(self.firsts[number], self.firsts[number + 1])
+        return Pack(self.input_ids[tokens], self.labels[tokens], self.seq_lens[samples])
+
+    def trained_tokens(self) -> NDArray[np.int64]:
+        """Labels of each pack that bear loss, int64 [packs]."""
+        sums = np.concatenate([[0], np.cumsum(self.labels != IGNORE_INDEX)])
+        counts: NDArray[np.int64] = np.diff(sums[self.starts])
+        return counts
+
+
+def pack(
+    input_ids: NDArray[np.int32],
+    trained: NDArray[np.bool_],
+    lengths: NDArray[np.int32],
+    capacity: int,
+    rng: np.random.Generator,
+) -> Packs:
+    """The packs of samples laid end to end, in a seeded order: planned on lengths alone, tokens moved once."""
+    drawn = rng.permutation(len(lengths))
+    groups = plan(lengths[drawn].tolist(), capacity)
+    groups = [groups[g] for g in rng.permutation(len(groups))]
+    firsts = np.cumsum([0, *map(len, groups)], dtype=np.int64)
+    order = drawn[np.array([i for group in groups for i in group], np.intp)]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    pieces = [slice(ends[i] - lengths[i], ends[i]) for i in order]
+    ids = np.concatenate([input_ids[piece] for piece in pieces] or [np.empty(0, np.int32)])
+    bearing = np.concatenate([trained[piece] for piece in pieces] or [np.empty(0, bool)])
+    seq_lens = lengths[order].astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(seq_lens, dtype=np.int64)])[firsts]
+    return Packs(ids, np.where(bearing, ids, np.int32(IGNORE_INDEX)), seq_lens, starts, firsts)

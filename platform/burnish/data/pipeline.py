@@ -1,28 +1,33 @@
-"""The Ray Data graph: windows of rows are rendered and packed by CPU tasks and cut into steps for the workers.
+"""The Ray Data graph: slices of rows are rendered, windows packed and steps cut by CPU tasks, and dealt to the workers.
 
-The order of packs is a pure function of (recipe, epoch, window); a position in it is a `Cursor`. Step t trains packs
-[t * G, (t + 1) * G) of that order for any number of workers that divides G, the global batch in packs; only the last
-step of a run can be smaller, and empty packs fill it up.
+The order of packs is a pure function of (recipe, epoch, window); a position in it is a `Cursor`. Packs are trained in rounds
+of N steps: round r holds the packs [r * N * G, (r + 1) * N * G) of that order, G being the global batch in packs.
+Which of them make a step depends on their costs alone, so that step t is the same for any number of workers that divides G.
+Only the last step of a run can be smaller, and empty packs fill it up.
 """
 
 import json
 import pickle
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from burnish.config import Recipe
-from burnish.data import formats, sources
+from burnish.data import balance, formats, sources
 from burnish.data.conversation import Conversation, Refused
-from burnish.data.packing import Pack, Sample, pack
+from burnish.data.packing import Packs, Sample, pack
 from burnish.data.render import render
+from burnish.data.rendered import Cache, Rendered
 from burnish.data.template import Template
 
+ORDER = "rounds of slices 1"
+"""Names the order of packs; a run that was started under another one cannot go on without losing or repeating rows."""
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -36,20 +41,23 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Cursor:
-    """The next pack to train: the `index`-th of the `position`-th window of an epoch's order."""
+    """The next step to train: number `taken` of the round that starts at the `index`-th pack of an epoch's `position`-th
+    window."""
 
     epoch: int = 0
     position: int = 0
     index: int = 0
+    taken: int = 0
 
 
 @dataclass(frozen=True)
 class StepMeta:
     """What a worker must know of a whole step, computed where the packs are.
 
-    `packs` are [epoch, window, index] in global order; `progress` is the share of the run's rows that lie before the
-    step; `cursor` is the position after it; `refused` and `rows` are the refusals and the number of source rows of the
-    windows that begin in it.
+    `packs` are [epoch, window, index], costliest first, a window being named by its position in the epoch; `progress` is the
+    share of the run's rows that lie before the step; `cursor` is the position after it. The first step of a round has the
+    `refused` rows and the number of source `rows` of the windows that begin in the round. `balance` is the mean over the
+    largest cost of the workers.
     """
 
     packs: tuple[tuple[int, int, int], ...]
@@ -59,6 +67,7 @@ class StepMeta:
     cursor: Cursor
     refused: tuple[dict[str, Any], ...]
     rows: int
+    balance: float
 
     @classmethod
     def from_json(cls, text: str) -> "StepMeta":
@@ -69,105 +78,149 @@ class StepMeta:
 
 
 @dataclass(frozen=True)
-class WindowResult:
-    """The samples of one window of rows, and its refusals with their row names `path#index`."""
+class Place:
+    """Where a slice stands in a run: in window `position` of an epoch, which `last` says is the epoch's last.
 
-    samples: tuple[Sample, ...]
-    refused: tuple[dict[str, Any], ...]
-    rows: int
+    `before` and `share` are the shares of the run's rows that lie before the window and in it; of a window's packs the first
+    `skip` are not wanted.
+    """
+
+    epoch: int
+    position: int
+    last: bool
+    before: float
+    share: float
+    skip: int
 
 
-def render_row(row: Any, name: str, template: Template, recipe: Recipe) -> list[Sample]:
-    """The samples of one source row; raises Refused. A line that was no JSON comes as text."""
+def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
+    """The samples of one source row; raises Refused. A row that could not be read comes as its Refused."""
+    if isinstance(row, Refused):
+        raise row
     if not isinstance(row, dict):
-        raise Refused("bad-row", f"{name} is not a JSON object; found {row!r:.80}")
+        raise Refused("bad-row", f"the row is not a JSON object; found {row!r:.80}")
     data = recipe.data
     try:
         conversation = Conversation.parse(formats.messages_form(row))
         return render(conversation, template, data.max_length, data.train_on, data.history, data.on_overlong)
     except RecursionError:
-        raise Refused("bad-row", f"{name} is nested too deeply to be read") from None
+        raise Refused("bad-row", "the row is nested too deeply to be read") from None
 
 
-def render_window(window: sources.Window, epoch: int, template: Template, recipe: Recipe) -> WindowResult:
-    """Every row of a window rendered, refusals collected; a seeded share of it where its weight is a fraction.
-
-    Raises DataError where the file cannot be read.
-    """
-    rng = np.random.default_rng([recipe.data.seed, epoch, window.window, 1])
-    samples: list[Sample] = []
+def render_slice(part: sources.Slice, template: Template, recipe: Recipe) -> Rendered:
+    """Every row of a slice rendered, refusals collected. Raises DataError where the file cannot be read."""
+    samples: list[tuple[int, Sample]] = []
     refused: list[dict[str, Any]] = []
-    rows = 0
-    for index, row in sources.read(window):
-        if rng.random() >= window.keep:
-            continue
-        rows += 1
-        name = window.row_name(index)
+    for index, row in sources.read(part):
         try:
-            samples += render_row(row, name, template, recipe)
+            samples += [(index - part.first_row, sample) for sample in render_row(row, template, recipe)]
         except Refused as refusal:
-            refused.append({"row": name, **refusal.to_json()})
-    return WindowResult(tuple(samples), tuple(refused), rows)
+            refused.append({**refusal.to_json(), "row": index - part.first_row})
+    return Rendered.of(samples, refused, part.num_rows)
 
 
-def pack_window(window: sources.Window, epoch: int, template: Template, recipe: Recipe) -> tuple[list[Pack], WindowResult]:
-    """The packs of one window in their order: a pure function of (recipe, epoch, window)."""
-    result = render_window(window, epoch, template, recipe)
-    rng = np.random.default_rng([recipe.data.seed, epoch, window.window])
-    samples = [result.samples[i] for i in rng.permutation(len(result.samples))]
-    return pack(samples, recipe.data.max_length, rng), result
+def pack_window(
+    parts: Sequence[tuple[sources.Slice, Rendered]], epoch: int, recipe: Recipe
+) -> tuple[Packs, list[dict[str, Any]], int]:
+    """The packs of a window in their order, its refusals by row name, and its rows: a pure function of its arguments.
+
+    Of a slice whose weight is a fraction, a seeded share of the rows is taken, another one in each epoch.
+    """
+    ids, trained, lengths, refused = [], [], [], []
+    rows = 0
+    for part, rendered in parts:
+        kept = np.random.default_rng([recipe.data.seed, epoch, part.slice, 1]).random(rendered.num_rows) < part.keep
+        rows += int(kept.sum())
+        for each in rendered.refused:
+            if kept[each["row"]]:
+                refused.append({**each, "row": part.row_name(part.first_row + each["row"])})
+        wanted = kept[rendered.rows]
+        tokens = np.repeat(wanted, rendered.lengths)
+        ids.append(rendered.input_ids if wanted.all() else rendered.input_ids[tokens])
+        trained.append(rendered.trained if wanted.all() else rendered.trained[tokens])
+        lengths.append(rendered.lengths[wanted])
+    rng = np.random.default_rng([recipe.data.seed, epoch, parts[0][0].slice, 2])
+    joined = np.concatenate(ids), np.concatenate(trained), np.concatenate(lengths)
+    return pack(*joined, recipe.data.max_length, rng), refused, rows
 
 
-def train_windows(recipe: Recipe, index: sources.Index, cursor: Cursor) -> Iterator[dict[str, Any]]:
-    """Every window from the cursor to the end of the last epoch, in order, with its place in the run."""
-    rows_before = 0
-    total = sum(window.num_rows for window in index.windows) * recipe.train.epochs
+def train_slices(recipe: Recipe, index: sources.Index, cursor: Cursor) -> list[list[tuple[Place, sources.Slice]]]:
+    """Every window from the cursor to the end of the last epoch, in order: its slices, each with its place in the run."""
+    found = []
+    before, total = 0.0, sum(part.num_rows * part.keep for part in index.slices) * recipe.train.epochs
     for epoch in range(recipe.train.epochs):
-        order = sources.epoch_order(len(index.windows), recipe.data.seed, epoch)
-        for position, w in enumerate(order):
-            window = index.windows[w]
+        windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, epoch)
+        for position, numbers in enumerate(windows):
+            parts = [index.slices[number] for number in numbers]
+            share = sum(part.num_rows * part.keep for part in parts) / total
             if (epoch, position) >= (cursor.epoch, cursor.position):
                 skip = cursor.index if (epoch, position) == (cursor.epoch, cursor.position) else 0
-                place = {"epoch": epoch, "position": position, "skip": skip, "last": position + 1 == len(order)}
-                yield {**window.to_json(), **place, "before": rows_before / total, "share": window.num_rows / total}
-            rows_before += window.num_rows
+                place = Place(epoch, position, position + 1 == len(windows), before, share, skip)
+                found.append([(place, part) for part in parts])
+            before += share
+    return found
 
 
-def eval_windows(index: sources.Index) -> Iterator[dict[str, Any]]:
+def eval_slices(recipe: Recipe, index: sources.Index) -> list[list[tuple[Place, sources.Slice]]]:
     """Every window of the held-out files, in file order."""
-    for position, window in enumerate(index.windows):
-        place = {"epoch": 0, "position": position, "skip": 0, "last": position + 1 == len(index.windows)}
-        yield {**window.to_json(), **place, "before": 0.0, "share": 0.0}
+    windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, None)
+    return [
+        [(Place(0, position, position + 1 == len(windows), 0.0, 0.0, 0), index.slices[number]) for number in numbers]
+        for position, numbers in enumerate(windows)
+    ]
 
 
-def stream(windows: list[dict[str, Any]], template: Template, recipe: Recipe, num_workers: int) -> ray.data.Dataset:
-    """The lazy graph from windows to worker shares: blocks of G / `num_workers` packs, in global order.
+@dataclass(frozen=True)
+class Rendering:
+    """What the data tasks need beside their rows."""
+
+    template: Template
+    recipe: Recipe
+    cost: balance.Cost
+    cache: Cache | None
+    round_steps: int
+
+
+def stream(
+    windows: list[list[tuple[Place, sources.Slice]]], rendering: Rendering, num_workers: int, start: Cursor
+) -> ray.data.Dataset:
+    """The lazy graph from slices to worker shares: blocks of G / `num_workers` packs, in global order from `start` on.
 
     Block b belongs to worker b % `num_workers`; the first pack of each block carries its step's `StepMeta`.
     """
+    recipe = rendering.recipe
     assert windows and recipe.train.global_batch_size % num_workers == 0
-    shared = ray.put(pickle.dumps((template, recipe)))
-    global_batch_size = recipe.train.global_batch_size
-    share = global_batch_size // num_workers
+    shared = ray.put(pickle.dumps(rendering))
+    size = recipe.train.global_batch_size
+    # A block must be a window, so each has as many slices as the largest, some of them empty.
+    longest = max(map(len, windows))
+    items = [
+        {"place": json.dumps(asdict(window[0][0])), "slice": json.dumps(window[i][1].to_json()) if i < len(window) else ""}
+        for window in windows
+        for i in range(longest)
+    ]
+    arguments = {"shared": [shared], "num_workers": num_workers, "taken": start.taken}
     return (
-        ray.data.from_items(windows, override_num_blocks=len(windows))
-        .map_batches(_window_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]})
-        .repartition(target_num_rows_per_block=global_batch_size, strict=True)
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(_slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]})
+        .repartition(target_num_rows_per_block=longest, strict=True)
+        .map_batches(_window_task, batch_size=longest, batch_format="pyarrow", fn_kwargs={"shared": [shared]})
+        .repartition(target_num_rows_per_block=size * rendering.round_steps, strict=True)
         .map_batches(
-            _step_task,
-            batch_size=global_batch_size,
+            _round_task,
+            batch_size=size * rendering.round_steps,
             batch_format="pyarrow",
-            fn_kwargs={"global_batch_size": global_batch_size, "share": share},
+            fn_kwargs={**arguments, "start": asdict(start)},
         )
-        .repartition(target_num_rows_per_block=share, strict=True)
+        .repartition(target_num_rows_per_block=size // num_workers, strict=True)
     )
 
 
-_unpickled: dict[str, tuple[Template, Recipe]] = {}
-"""The template and recipe of the stream that this worker process serves: a large tokenizer takes a second to unpickle."""
+_unpickled: dict[str, Rendering] = {}
+"""The rendering of the stream that this worker process serves: a large tokenizer takes a second to unpickle."""
 
 
-def _shared(reference: "ray.ObjectRef[bytes]") -> tuple[Template, Recipe]:
+def _shared(reference: "ray.ObjectRef[bytes]") -> Rendering:
     key = str(reference)
     if key not in _unpickled:
         _unpickled.clear()
@@ -175,63 +228,114 @@ def _shared(reference: "ray.ObjectRef[bytes]") -> tuple[Template, Recipe]:
     return _unpickled[key]
 
 
-def _window_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
-    """One block of window descriptions to a table of packs with their meta."""
-    template, recipe = _shared(shared[0])
-    for place in table.to_pylist():
-        window = sources.Window(**{key: place[key] for key in sources.Window.__dataclass_fields__})
-        packs, result = pack_window(window, place["epoch"], template, recipe)
-        # A window whose rows are all refused gives one empty pack, so that its refusals travel like any other's.
-        packs = packs or [Pack.of([])]
-        metas = []
-        for i, each in enumerate(packs):
-            after = Cursor(place["epoch"], place["position"], i + 1)
-            if i + 1 == len(packs):
-                ended = place["last"]
-                after = Cursor(place["epoch"] + 1) if ended else Cursor(place["epoch"], place["position"] + 1)
-            meta = StepMeta(
-                packs=((place["epoch"], window.window, i),) if len(each.input_ids) else (),
-                tokens=len(each.input_ids),
-                trained_tokens=each.trained_tokens,
-                progress=place["before"] + place["share"] * i / len(packs),
-                cursor=after,
-                refused=result.refused if i == 0 else (),
-                rows=result.rows if i == 0 else 0,
-            )
-            metas.append(json.dumps(asdict(meta)))
-        yield _table(packs, metas).slice(place["skip"])
+def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
+    """Descriptions of slices to their rendered samples, out of the cache where they are there."""
+    rendering = _shared(shared[0])
+    for item in table.to_pylist():
+        rendered = (
+            _rendered(sources.Slice(**json.loads(item["slice"])), rendering) if item["slice"] else Rendered.of([], [], 0)
+        )
+        own = rendered.to_table()
+        for name in ("place", "slice"):
+            own = own.append_column(name, pa.array([item[name]], pa.string()))
+        yield own
 
 
-def _step_task(table: pa.Table, global_batch_size: int, share: int) -> pa.Table:
-    """The packs of one step, filled up with empty ones, the step's meta on the first pack of each worker's share."""
-    metas = [StepMeta.from_json(text) for text in table["meta"].to_pylist()]
-    step = replace(
-        metas[-1],
-        packs=tuple(name for meta in metas for name in meta.packs),
-        tokens=sum(meta.tokens for meta in metas),
-        trained_tokens=sum(meta.trained_tokens for meta in metas),
-        progress=metas[0].progress,
-        refused=tuple(row for meta in metas for row in meta.refused),
-        rows=sum(meta.rows for meta in metas),
-    )
-    text = json.dumps(asdict(step))
-    missing = global_batch_size - table.num_rows
-    filled = pa.concat_tables([table, _table([Pack.of([])] * missing, [""] * missing)])
-    column = pa.array([text if row % share == 0 else "" for row in range(global_batch_size)], pa.string())
-    return filled.set_column(filled.schema.get_field_index("meta"), "meta", column)
+def _rendered(part: sources.Slice, rendering: Rendering) -> Rendered:
+    cache = rendering.cache
+    found = cache.get(part.digest) if cache else None
+    if found is None:
+        found = render_slice(part, rendering.template, rendering.recipe)
+        if cache:
+            cache.put(part.digest, found)
+    return found
 
 
-def _table(packs: list[Pack], metas: list[str]) -> pa.Table:
+def _window_task(table: pa.Table, shared: list[Any]) -> pa.Table:
+    """The rendered slices of one window to its packs, each with its meta."""
+    place = Place(**json.loads(table.column("place")[0].as_py()))
+    named = table.column("slice").to_pylist()
+    parts = [(sources.Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
+    packs, refused, rows = pack_window(parts, place.epoch, _shared(shared[0]).recipe)
+    trained = packs.trained_tokens()
+    # A window whose rows are all refused gives one empty pack, so that its refusals travel like any other's.
+    count = max(1, len(packs))
+    metas = []
+    for i in range(count):
+        after = Cursor(place.epoch, place.position, i + 1)
+        if i + 1 == count:
+            after = Cursor(place.epoch + 1) if place.last else Cursor(place.epoch, place.position + 1)
+        meta = {
+            "pack": [place.epoch, place.position, i],
+            "trained_tokens": int(trained[i]) if len(packs) else 0,
+            "progress": place.before + place.share * i / count,
+            "after": asdict(after),
+            "refused": refused if i == 0 else [],
+            "rows": rows if i == 0 else 0,
+        }
+        metas.append(json.dumps(meta))
+    return (_table(packs, metas) if len(packs) else _empty(metas)).slice(place.skip)
+
+
+def _round_task(table: pa.Table, shared: list[Any], num_workers: int, taken: int, start: dict[str, Any]) -> pa.Table:
+    """The packs of a round, cut into steps and dealt to the workers; each share's first pack has its step's meta.
+
+    Of the round at which the stream starts, the first `taken` steps were trained already.
+    """
+    rendering = _shared(shared[0])
+    size = rendering.recipe.train.global_batch_size
+    metas = [json.loads(text) for text in table.column("meta").to_pylist()]
+    epoch, position, index = metas[0]["pack"]
+    seq_lens = table.column("seq_lens").combine_chunks()
+    firsts = seq_lens.offsets.to_numpy() - seq_lens.offsets[0].as_py()
+    lengths = seq_lens.flatten().to_numpy(zero_copy_only=False)
+    costs = rendering.cost.of(lengths, firsts)
+    sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    tokens = np.diff(sums[firsts])
+    rng = np.random.default_rng([rendering.recipe.data.seed, epoch, position, index])
+    cut = balance.steps(costs, size, rng)
+    first = taken if (epoch, position, index) == (start["epoch"], start["position"], start["index"]) else 0
+    order: list[NDArray[np.intp]] = []
+    texts: list[str] = []
+    dealt = balance.deal(size, num_workers)
+    for number in range(first, len(cut)):
+        step = cut[number]
+        filled = np.concatenate([step, np.full(size - len(step), table.num_rows)])
+        mean, largest = balance.balance(np.append(costs, 0.0)[filled], num_workers)
+        after = metas[-1]["after"] if number + 1 == len(cut) else {**_start_of(metas[0]), "taken": number + 1}
+        meta = StepMeta(
+            packs=tuple(tuple(metas[i]["pack"]) for i in step if tokens[i]),
+            tokens=int(tokens[step].sum()),
+            trained_tokens=sum(metas[i]["trained_tokens"] for i in step),
+            progress=metas[number * size]["progress"],
+            cursor=Cursor(**after),
+            refused=tuple(row for meta in metas for row in meta["refused"]) if number == 0 else (),
+            rows=sum(meta["rows"] for meta in metas) if number == 0 else 0,
+            balance=mean / largest if largest else 1.0,
+        )
+        order.append(filled[dealt])
+        texts += [json.dumps(asdict(meta)) if place % (size // num_workers) == 0 else "" for place in range(size)]
+    rows = pa.concat_tables([table, _empty([""])]).take(pa.array(np.concatenate(order)))
+    return rows.set_column(rows.schema.get_field_index("meta"), "meta", pa.array(texts, pa.string()))
+
+
+def _start_of(meta: dict[str, Any]) -> dict[str, int]:
+    """The cursor at a pack, from its meta."""
+    epoch, position, index = meta["pack"]
+    return {"epoch": epoch, "position": position, "index": index}
+
+
+def _table(packs: Packs, metas: list[str]) -> pa.Table:
     """An Arrow table of packs without a detour through Python lists."""
-
-    def column(arrays: list[np.ndarray[Any, np.dtype[np.int32]]]) -> pa.ListArray:
-        ends = np.cumsum([0, *(len(array) for array in arrays)]).astype(np.int32)
-        values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))
-
+    tokens, samples = packs.starts.astype(np.int32), packs.firsts.astype(np.int32)
     columns = [
-        column([p.input_ids for p in packs]),
-        column([p.labels for p in packs]),
-        column([p.seq_lens for p in packs]),
+        pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))
+        for ends, values in ((tokens, packs.input_ids), (tokens, packs.labels), (samples, packs.seq_lens))
     ]
     return pa.Table.from_arrays([*columns, pa.array(metas, pa.string())], schema=SCHEMA)
+
+
+def _empty(metas: list[str]) -> pa.Table:
+    """A table of packs that train nothing."""
+    nothing = [pa.array([[]] * len(metas), pa.list_(pa.int32()))] * 3
+    return pa.Table.from_arrays([*nothing, pa.array(metas, pa.string())], schema=SCHEMA)

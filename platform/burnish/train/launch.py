@@ -187,7 +187,8 @@ def _fit(
     """One attempt: the stream from the checkpoint's cursor on, and the workers."""
     recipe = prepared.recipe
     progress = start.progress if start else Progress()
-    windows = list(pipeline.train_windows(recipe, prepared.train, progress.cursor))
+    windows = pipeline.train_slices(recipe, prepared.train, progress.cursor)
+    rendering, workers = prepared.rendering(), recipe.scale.num_workers
     attempt = Attempt(
         recipe=recipe.located(),
         run_folder=folder,
@@ -201,10 +202,10 @@ def _fit(
     )
     datasets = {}
     if windows:
-        datasets["train"] = pipeline.stream(windows, prepared.template, recipe, recipe.scale.num_workers)
+        datasets["train"] = pipeline.stream(windows, rendering, workers, progress.cursor)
     if prepared.eval is not None:
-        held_out = list(pipeline.eval_windows(prepared.eval))
-        datasets["eval"] = pipeline.stream(held_out, prepared.template, recipe, recipe.scale.num_workers)
+        held_out = pipeline.eval_slices(recipe, prepared.eval)
+        datasets["eval"] = pipeline.stream(held_out, rendering, workers, pipeline.Cursor())
     trainer = TorchTrainer(
         _work,
         train_loop_config={"attempt": attempt},

@@ -122,6 +122,8 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
         "train/trained_tokens": float(meta.trained_tokens),
         "train/progress": meta.progress,
         "data/packing_efficiency": meta.tokens / max(1, capacity),
+        "data/balance": meta.balance,
+        "data/tokens": float(meta.tokens),
         "data/wait_share": batch.wait_seconds / (seconds + batch.wait_seconds),
     }
     return metrics, stop > 0

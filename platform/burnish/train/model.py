@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from burnish.config import LoraSpec, Recipe
 from burnish.data import syntax
+from burnish.data.balance import Cost
 from burnish.data.template import Template
 from burnish.errors import DataError, RecipeError
 
@@ -143,6 +144,31 @@ def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: froz
         return Template(tokenizer, source, kwargs, stop_ids)
     day = datetime.date.fromisoformat(date) if date else datetime.date.today()
     return Template(_DatedTokenizer(tokenizer, day), source, kwargs, stop_ids, day.isoformat())
+
+
+def pack_cost(recipe: Recipe) -> Cost:
+    """The time of a pack for this model, in floating-point operations of the forward and backward pass.
+
+    A token costs 6 operations for each matrix weight, 4 where the weights themselves are not trained, since their gradients
+    are not computed; attention costs 2 * layers * width for each pair of tokens, three times over (PaLM, arXiv 2204.02311,
+    appendix B; half of the pairs, since attention is causal).
+    """
+    config = _configuration(recipe).get_text_config()
+    width, layers = int(getattr(config, "hidden_size", 1024)), int(getattr(config, "num_hidden_layers", 24))
+    heads = int(getattr(config, "num_attention_heads", 0) or 16)
+    head_dim = int(getattr(config, "head_dim", None) or width // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    inner = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * width)
+    matrices = layers * width * (2 * heads * head_dim + 2 * kv_heads * head_dim + 3 * experts * inner)
+    matrices += width * int(getattr(config, "vocab_size", 0))
+    kinds = list(getattr(config, "layer_types", None) or [])
+    return Cost(
+        per_token=float((4 if recipe.lora else 6) * matrices),
+        per_pair=float(3 * 2 * layers * heads * head_dim),
+        sliding=kinds.count("sliding_attention") / len(kinds) if kinds else 0.0,
+        window=int(getattr(config, "sliding_window", None) or 1),
+    )
 
 
 def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":

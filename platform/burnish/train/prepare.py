@@ -12,19 +12,21 @@ from typing import Any
 
 from burnish.config import Recipe, differences, load
 from burnish.data import pipeline, sources
+from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
+from burnish.data.rendered import Cache
 from burnish.data.template import Template
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.train.attempt import STOP_FILE
 from burnish.train.ledger import check_refused, replace_text
-from burnish.train.model import check_model, load_template, model_digest
+from burnish.train.model import check_model, load_template, model_digest, pack_cost
 
 CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "template.path")
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "data.cache", "template.path")
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 
 
@@ -37,6 +39,11 @@ class Prepared:
     contract: Contract
     train: sources.Index
     eval: sources.Index | None
+
+    def rendering(self) -> pipeline.Rendering:
+        """What the data tasks need."""
+        cache, rounds = Cache.of(self.recipe, self.contract), round_steps(self.recipe.train.global_batch_size)
+        return pipeline.Rendering(self.template, self.recipe, pack_cost(self.recipe), cache, rounds)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -66,24 +73,24 @@ class _Head:
 def _read_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> _Head:
     """Renders the first rows of each file; raises DataError where none can be trained or too many are refused."""
     head = _Head()
-    for file in dict.fromkeys(window.name for window in index.windows):
-        windows = [window for window in index.windows if window.name == file]
-        heads = ((window, position, row) for window in windows for position, row in sources.read(window))
+    for file in dict.fromkeys(part.name for part in index.slices):
+        parts = [part for part in index.slices if part.name == file]
+        heads = ((part, position, row) for part in parts for position, row in sources.read(part))
         _read_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe, head)
     return head
 
 
 def _read_rows(
-    name: str, heads: Iterable[tuple[sources.Window, int, Any]], template: Template, recipe: Recipe, head: _Head
+    name: str, heads: Iterable[tuple[sources.Slice, int, Any]], template: Template, recipe: Recipe, head: _Head
 ) -> None:
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
-    for window, position, row in heads:
+    for part, position, row in heads:
         rows += 1
-        place = window.row_name(position)
+        place = part.row_name(position)
         try:
-            samples = pipeline.render_row(row, place, template, recipe)
+            samples = pipeline.render_row(row, template, recipe)
         except Refused as refusal:
             codes[refusal.code] += 1
             if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
@@ -92,8 +99,8 @@ def _read_rows(
         head.tokens += sum(map(len, samples))
         head.trained += sum(int(sample.trained.sum()) for sample in samples)
         if len(head.digests) < CONTRACT_ROWS:
-            parts = [part.tobytes() for sample in samples for part in (sample.input_ids, sample.trained)]
-            head.digests[place] = hashlib.sha256(b"".join(parts)).hexdigest()
+            arrays = [array.tobytes() for sample in samples for array in (sample.input_ids, sample.trained)]
+            head.digests[place] = hashlib.sha256(b"".join(arrays)).hexdigest()
     head.rows += rows
     head.codes += codes
     if first is None:
@@ -118,7 +125,7 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
     was = json.loads((folder / "data.json").read_text())
     if was != digests(prepared):
         odd = ", ".join(key for key in {**was, **digests(prepared)} if was.get(key) != digests(prepared).get(key))
-        raise DataError(f"name: files of run {recipe.name!r} have changed since it was started ({odd}). Choose a new name")
+        raise DataError(f"name: what run {recipe.name!r} reads has changed since it was started ({odd}). Choose a new name")
     changed = difference(read_contract(folder), prepared.contract)
     if changed is not None:
         raise DataError(
@@ -194,7 +201,7 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
 
 
 def digests(prepared: Prepared) -> dict[str, str]:
-    """The sha256 of what a run reads: training rows, held-out rows, and the files of a local model."""
+    """What a run reads: sha256 of training rows, held-out rows and the files of a local model, and the order of packs."""
     held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
     model = model_digest(prepared.recipe)
-    return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {})}
+    return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {}), "order": pipeline.ORDER}

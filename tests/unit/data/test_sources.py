@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from burnish.config import SourceSpec
-from burnish.data.sources import epoch_order, index, read
+from burnish.data import sources
+from burnish.data.conversation import Refused
+from burnish.data.sources import index, read, windows
 from burnish.errors import DataError
 from tests.conftest import write_rows
 
@@ -30,62 +32,80 @@ def write(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_windows_hold_every_row_once_and_can_be_read_in_any_order(tmp_path, kind):
+def test_slices_hold_every_row_once_and_can_be_read_in_any_order(tmp_path, kind):
     found = index([SourceSpec(path=str(write(tmp_path, kind)))], 5)
-    assert [window.num_rows for window in found.windows] == [5, 5, 5, 5, 3]
+    assert [part.num_rows for part in found.slices] == [5, 5, 5, 5, 3]
     assert found.num_rows == 23
-    rows = {position: row for window in reversed(found.windows) for position, row in read(window)}
+    rows = {position: row for part in reversed(found.slices) for position, row in read(part)}
     assert [rows[i] for i in range(23)] == ROWS
 
 
-def test_a_weight_repeats_windows_and_keeps_a_share_of_the_last_pass(tmp_path):
-    found = index([SourceSpec(path=str(write(tmp_path, "jsonl")), weight=2.5)], 100)
-    assert [window.keep for window in found.windows] == [1.0, 1.0, 0.5]
-    assert [window.window for window in found.windows] == [0, 1, 2]
+def test_a_weight_repeats_slices_and_keeps_a_share_of_the_last_pass(tmp_path):
+    found = index([SourceSpec(path=str(write(tmp_path, "jsonl")), weight=2.5)], 1600)
+    assert [part.keep for part in found.slices] == [1.0, 1.0, 0.5]
+    assert [part.slice for part in found.slices] == [0, 1, 2]
 
 
 def test_the_digest_follows_content_and_weight(tmp_path):
     path = write(tmp_path, "jsonl")
     one = index([SourceSpec(path=str(path))], 5).digest
-    assert index([SourceSpec(path=str(path))], 7).digest == one
     assert index([SourceSpec(path=str(path), weight=2)], 5).digest != one
     path.write_text(path.read_text().replace('"n": 3', '"n": 4'))
     assert index([SourceSpec(path=str(path))], 5).digest != one
 
 
-def test_a_broken_line_comes_as_text(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"n": 1}, "{broken", {"n": 2}])
-    (window,) = index([SourceSpec(path=str(path))], 5).windows
-    assert list(read(window)) == [(0, {"n": 1}), (1, "{broken\n"), (2, {"n": 2})]
+def whole(path) -> sources.Slice:
+    """The one slice of a small file."""
+    (part,) = index([SourceSpec(path=str(path))], 1600).slices
+    return part
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"{broken", "not a JSON object: Expecting property name .* found '{broken"),
+        (b'{"a": "\xff"}', "not UTF-8: byte 0xff at position 7"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b'{"a": "' + b"x" * 2000 + b'"}', "has 2,010 bytes, more than 1,000"),
+    ],
+)
+def test_a_line_that_cannot_be_read_comes_as_its_refusal_and_the_others_as_they_are(tmp_path, monkeypatch, line, words):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000 if b"xx" in line else 1 << 20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n' + line + b'\n{"n": 2}')
+    (zero, first), (one, refusal), (two, last) = read(whole(path))
+    assert (zero, first, one, two, last) == (0, {"n": 1}, 1, 2, {"n": 2})
+    assert isinstance(refusal, Refused)
+    with pytest.raises(Refused, match=words):
+        raise refusal
 
 
 def test_parquet_structs_lose_the_nulls_that_fill_them_and_jsonl_keeps_its_own(tmp_path):
     rows = [{"a": {"x": 1}}, {"a": {"y": [{"z": None}]}}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (window,) = index([SourceSpec(path=str(tmp_path / "a.parquet"))], 5).windows
-    assert [row for _, row in read(window)] == [{"a": {"x": 1}}, {"a": {"y": [{}]}}]
-    (window,) = index([SourceSpec(path=str(write_rows(tmp_path / "a.jsonl", rows)))], 5).windows
-    assert [row for _, row in read(window)] == rows
+    assert [row for _, row in read(whole(tmp_path / "a.parquet"))] == [{"a": {"x": 1}}, {"a": {"y": [{}]}}]
+    assert [row for _, row in read(whole(write_rows(tmp_path / "a.jsonl", rows)))] == rows
 
 
-def test_a_line_that_nests_without_end_and_a_damaged_row_group(tmp_path):
-    deep = "[" * 100_000
-    (window,) = index([SourceSpec(path=str(write_rows(tmp_path / "a.jsonl", [deep])))], 5).windows
-    assert [row for _, row in read(window)] == [deep + "\n"]
+def test_a_damaged_row_group(tmp_path):
     path = write(tmp_path, "parquet")
     data = bytearray(path.read_bytes())
     data[4:60] = bytes(56)
     path.write_bytes(data)
-    (window,) = index([SourceSpec(path=str(path))], 50).windows
     with pytest.raises(DataError, match="cannot be read"):
-        list(read(window))
+        list(read(whole(path)))
 
 
-def test_an_epoch_visits_every_window_in_an_order_of_its_own():
-    orders = [epoch_order(20, 7, epoch) for epoch in (0, 0, 1)]
+def test_an_epoch_draws_its_windows_from_all_files_in_an_order_of_its_own(tmp_path):
+    specs = [SourceSpec(path=str(write_rows(tmp_path / f"{name}.jsonl", [{"n": i} for i in range(160)]))) for name in "ab"]
+    found = index(specs, 64)
+    orders = [windows(found.slices, 64, 7, epoch) for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[2]) == list(range(20))
-    assert epoch_order(20, 8, 0) != orders[0]
+    assert sorted(number for window in orders[2] for number in window) == list(range(40))
+    assert windows(found.slices, 64, 8, 0) != orders[0]
+    assert [len(window) for window in orders[0]] == [8] * 5
+    assert all({found.slices[number].path[-7] for number in window} == {"a", "b"} for window in orders[0])
+    assert windows(found.slices, 64, 7, None)[0] == list(range(8)), "held-out files are read in their order"
 
 
 @pytest.mark.parametrize(
@@ -106,5 +126,3 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, words):
     with pytest.raises(DataError, match=words) as error:
         index([SourceSpec(path=str(tmp_path / name))], 5)
     assert name in str(error.value)
-    with pytest.raises(DataError, match="is a folder"):
-        index([SourceSpec(path=str(tmp_path))], 5)

@@ -12,7 +12,7 @@ from burnish.train.ledger import Ledger, lines
 def meta(step, refused=()):
     packs = ((0, 0, 2 * step), (0, 0, 2 * step + 1))
     return StepMeta(
-        packs, 10, 5, 0.0, Cursor(), tuple({"row": r, "code": c, "turn": None, "message": ""} for r, c in refused), 0
+        packs, 10, 5, 0.0, Cursor(), tuple({"row": r, "code": c, "turn": None, "message": ""} for r, c in refused), 0, 1.0
     )
 
 

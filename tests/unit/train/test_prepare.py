@@ -1,6 +1,7 @@
 """What a run was started from is held fixed while it goes on, wherever it lies."""
 
 import datetime
+import json
 import pickle
 import shutil
 from dataclasses import replace
@@ -47,7 +48,7 @@ def test_a_model_that_moved_goes_on_and_one_that_changed_does_not(started, tmp_p
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(DataError, match=r"have changed since it was started \(model\)"):
+    with pytest.raises(DataError, match=r"has changed since it was started \(model\)"):
         check_same_run(prepare(moved), folder)
 
 
@@ -62,6 +63,9 @@ def test_rows_or_a_template_that_changed_are_refused(started, tmp_path):
     check_same_run(prepare(other), folder)
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write("\n")
+    check_same_run(prepare(recipe), folder)
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write(json.dumps(conversation(7)) + "\n")
     with pytest.raises(DataError, match=r"\(train\)"):
         check_same_run(prepare(recipe), folder)
 
@@ -90,10 +94,10 @@ def test_a_run_under_a_clock_keeps_the_day_on_which_it_started(make_recipe, tmp_
     (folder / "checkpoints" / "step-00000002").mkdir()
     assert prepare(recipe).contract.date == "2020-02-03"
     assert "03 Feb 2020<|im_start|>" in prepare(recipe).contract.probes[0].text
-    rows = [pipeline.render_row(conversation(0), "x#0", prepare(recipe).template, recipe)]
+    rows = [pipeline.render_row(conversation(0), prepare(recipe).template, recipe)]
     assert prepare(recipe).template.decode(rows[0][0].input_ids).startswith("03 Feb 2020")
     copy = pickle.loads(pickle.dumps(prepare(recipe).template))
-    assert copy.decode(pipeline.render_row(conversation(0), "x#0", copy, recipe)[0].input_ids).startswith("03 Feb 2020")
+    assert copy.decode(pipeline.render_row(conversation(0), copy, recipe)[0].input_ids).startswith("03 Feb 2020")
 
 
 def test_the_contract_remembers_the_first_rows(make_recipe, tmp_path):
