@@ -166,6 +166,9 @@ class ScaleSpec(Spec):
     """Training workers; with GPUs, one GPU each."""
     use_gpu: Literal["auto"] | bool = "auto"
     """Train on GPUs; auto means where the cluster has any."""
+    placement: Literal["auto", "by_role", "any"] = "auto"
+    """by_role renders and packs on nodes labelled `node-role: data` and trains on those labelled `node-role: train`; any
+    takes every node; auto means by_role where nodes of both labels are there at the start."""
 
 
 class CheckpointSpec(Spec):

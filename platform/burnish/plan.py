@@ -11,7 +11,7 @@ from rich.table import Table
 from burnish.config import Recipe
 from burnish.data import pipeline
 from burnish.data.pipeline import Cursor, StepMeta
-from burnish.train.cluster import connected
+from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
 from burnish.train.prepare import prepare
 
@@ -33,6 +33,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     with connected(recipe.scale.num_workers):
         stream = pipeline.stream(windows, prepared.rendering(), recipe.scale.num_workers, Cursor())
         stream.context.execution_options.preserve_order = True
+        stream.context.execution_options.label_selector = role_labels(recipe, "data")
         shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")
         for number, table in enumerate(shares):
             samples += len(table.column("seq_lens").combine_chunks().flatten())

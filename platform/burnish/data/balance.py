@@ -41,15 +41,31 @@ def round_steps(global_batch_size: int) -> int:
     return max(_ROUND_STEPS, -(-_ROUND_PACKS // global_batch_size))
 
 
-def steps(costs: NDArray[np.float64], global_batch_size: int, rng: np.random.Generator) -> list[NDArray[np.intp]]:
-    """The packs of each step of a round, costliest first; the steps in a seeded order, a short one last.
+def steps(
+    costs: NDArray[np.float64], epochs: NDArray[np.integer], global_batch_size: int, rng: np.random.Generator
+) -> list[NDArray[np.intp]]:
+    """The packs of each step of a round, costliest first; steps in a seeded order, epoch after epoch, a short one last.
 
-    Each step has packs of neighbouring cost. A pure function of its arguments, blind to the number of workers.
+    Each step has packs of neighbouring cost. The cheapest packs of an epoch that make no whole step share one with the
+    cheapest of the next. A pure function of its arguments, blind to the number of workers.
     """
-    order = np.argsort(-costs, kind="stable")
-    cut = [order[start : start + global_batch_size] for start in range(0, len(order), global_batch_size)]
-    whole = len(order) // global_batch_size
-    return [cut[i] for i in rng.permutation(whole)] + cut[whole:]
+    found: list[NDArray[np.intp]] = []
+    left = np.empty(0, np.intp)
+    for epoch in np.unique(epochs):
+        own = np.flatnonzero(epochs == epoch)
+        order = own[np.argsort(-costs[own], kind="stable")]
+        if len(left):
+            order, fill = np.split(order, [max(0, len(order) - (global_batch_size - len(left)))])
+            left = np.concatenate([left, fill])
+            left = left[np.argsort(-costs[left], kind="stable")]
+            if len(left) < global_batch_size:
+                continue
+            found.append(left)
+        whole = len(order) // global_batch_size * global_batch_size
+        cut = order[:whole].reshape(-1, global_batch_size)
+        found += list(cut[rng.permutation(len(cut))])
+        left = order[whole:]
+    return found + ([left] if len(left) else [])
 
 
 def deal(global_batch_size: int, num_workers: int) -> NDArray[np.intp]:

@@ -233,7 +233,9 @@ def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
     rendering = _shared(shared[0])
     for item in table.to_pylist():
         rendered = (
-            _rendered(sources.Slice(**json.loads(item["slice"])), rendering) if item["slice"] else Rendered.of([], [], 0)
+            rendered_slice(sources.Slice(**json.loads(item["slice"])), rendering)
+            if item["slice"]
+            else Rendered.of([], [], 0)
         )
         own = rendered.to_table()
         for name in ("place", "slice"):
@@ -241,7 +243,11 @@ def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
         yield own
 
 
-def _rendered(part: sources.Slice, rendering: Rendering) -> Rendered:
+def rendered_slice(part: sources.Slice, rendering: Rendering) -> Rendered:
+    """The rendered samples of a slice, out of the cache where they are there, else put into it.
+
+    Raises DataError where the file cannot be read.
+    """
     cache = rendering.cache
     found = cache.get(part.digest) if cache else None
     if found is None:
@@ -293,7 +299,7 @@ def _round_task(table: pa.Table, shared: list[Any], num_workers: int, taken: int
     sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     tokens = np.diff(sums[firsts])
     rng = np.random.default_rng([rendering.recipe.data.seed, epoch, position, index])
-    cut = balance.steps(costs, size, rng)
+    cut = balance.steps(costs, np.array([meta["pack"][0] for meta in metas]), size, rng)
     first = taken if (epoch, position, index) == (start["epoch"], start["position"], start["index"]) else 0
     order: list[NDArray[np.intp]] = []
     texts: list[str] = []

@@ -13,6 +13,8 @@ from burnish.errors import InfrastructureError, RecipeError
 
 DATA_CPUS = 2
 """Logical CPUs that an embedded Ray has beyond those of the training workers, for data tasks."""
+ROLE = "node-role"
+"""Label of nodes: `data` for those that render and pack, `train` for those that train (k8s/, cluster/)."""
 
 
 @contextmanager
@@ -56,15 +58,36 @@ def check_resources(recipe: Recipe) -> bool:
     total = ray.cluster_resources()
     gpus, workers = total.get("GPU", 0.0), recipe.scale.num_workers
     cuda = gpus > 0 if recipe.scale.use_gpu == "auto" else recipe.scale.use_gpu
+    if os.environ.get("RAY_CLUSTER_AUTOSCALES"):
+        return cuda
     kind = "GPU" if cuda else "CPU"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(int(node.get(kind, 0)) for node in nodes)
+    places, data = _places("train", recipe, kind), _places("data", recipe, "CPU")
     # A data task needs a CPU that no training worker holds, or the stream waits for ever.
-    needed = workers if cuda else workers + 1
-    if places < needed and not os.environ.get("RAY_CLUSTER_AUTOSCALES"):
-        more = "" if cuda else " and one more for data"
+    apart = role_labels(recipe, "data") is not None
+    needed = workers if cuda or apart else workers + 1
+    if apart and data == 0:
         raise RecipeError(
-            f"scale.num_workers: {workers} workers need {workers} {kind}s{more}; this cluster has {places}. "
-            f"Write scale.num_workers: {max(1, places - (0 if cuda else 1))} or less, or add nodes"
+            f"scale.placement: no node labelled {ROLE}: data has a CPU; add one, or write scale.placement: any"
+        )
+    if places < needed:
+        more = "" if cuda or apart else " and one more for data"
+        where = f"its nodes labelled {ROLE}: train have" if apart else "this cluster has"
+        raise RecipeError(
+            f"scale.num_workers: {workers} workers need {workers} {kind}s{more}; {where} {places}. "
+            f"Write scale.num_workers: {max(1, places - (needed - workers))} or less, or add nodes"
         )
     return cuda
+
+
+def role_labels(recipe: Recipe, role: str) -> dict[str, str] | None:
+    """The labels of the nodes that a role ("data" or "train") is bound to; None where it may run on any node."""
+    alive = {node["Labels"].get(ROLE) for node in ray.nodes() if node["Alive"]}
+    bound = recipe.scale.placement == "by_role" or (recipe.scale.placement == "auto" and {"data", "train"} <= alive)
+    return {ROLE: role} if bound else None
+
+
+def _places(role: str, recipe: Recipe, kind: str) -> int:
+    """Units of a resource on the nodes that a role may run on."""
+    labels = role_labels(recipe, role)
+    nodes = [node for node in ray.nodes() if node["Alive"] and (labels is None or node["Labels"].get(ROLE) == role)]
+    return sum(int(node["Resources"].get(kind, 0)) for node in nodes)

@@ -24,7 +24,7 @@ from burnish.data import pipeline
 from burnish.errors import DataError, InfrastructureError, RecipeError, Stopped
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
-from burnish.train.cluster import check_resources, connected
+from burnish.train.cluster import check_resources, connected, role_labels
 from burnish.train.failure import decide, last_line
 from burnish.train.ledger import lines
 from burnish.train.prepare import (
@@ -210,7 +210,7 @@ def _fit(
         _work,
         train_loop_config={"attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(num_workers=recipe.scale.num_workers, use_gpu=cuda),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, label_selector=role_labels(recipe, "train")),
         # burnish keeps its own checkpoints and restarts; Ray's folder holds nothing that is needed again.
         run_config=RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:8]}",
@@ -219,7 +219,7 @@ def _fit(
             callbacks=list(callbacks),
         ),
         datasets=datasets,
-        dataset_config=OrderedSplit(),
+        dataset_config=OrderedSplit(role_labels(recipe, "data")),
     )
     trainer.fit()
 

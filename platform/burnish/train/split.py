@@ -7,10 +7,13 @@ from ray.train import DataConfig
 
 
 class OrderedSplit(DataConfig):  # type: ignore[misc]  # Ray is read as untyped
-    """Gives worker w every `world_size`-th block of each data set, in order, with none dropped."""
+    """Gives worker w every `world_size`-th block of each data set, in order, with none dropped.
 
-    def __init__(self) -> None:
-        self._options = ExecutionOptions(preserve_order=True)
+    Data tasks run on nodes with the labels of `label_selector` only, where it is given.
+    """
+
+    def __init__(self, label_selector: dict[str, str] | None = None) -> None:
+        self._options = ExecutionOptions(preserve_order=True, label_selector=label_selector)
         super().__init__(execution_options=self._options)
 
     def configure(
