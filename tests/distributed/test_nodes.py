@@ -1,0 +1,116 @@
+"""Data nodes that feed training nodes: who runs where, what a killed data node costs, and what a stream keeps in memory."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import conversation, free_ports, write_model, write_rows
+
+pytestmark = pytest.mark.distributed
+
+DEADLINE_SECONDS = 240
+STORE = 100 << 20
+"""Bytes of each node's object store; Ray wants 75 MiB at least."""
+
+
+@pytest.fixture
+def nodes():
+    """Two data nodes and two training nodes behind a head that runs no tasks, apart from any other Ray of this process."""
+    from ray._private.utils import write_ray_address
+    from ray.cluster_utils import Cluster
+
+    dashboard, agent, metrics, client = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="bn-", ignore_cleanup_errors=True) as folder:
+        head = {
+            "num_cpus": 0, "object_store_memory": STORE, "temp_dir": folder, "include_dashboard": True,
+            "dashboard_port": dashboard, "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics,
+            "ray_client_server_port": client,
+        }  # fmt: skip
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        added = []
+        for number, role in enumerate(("data", "data", "train", "train")):
+            ports = free_ports(2)
+            added.append(
+                cluster.add_node(
+                    num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{number}", object_store_memory=STORE,
+                    dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
+                )
+            )  # fmt: skip
+        cluster.wait_for_nodes()
+        write_ray_address(cluster.address, folder)
+        yield cluster, added, f"http://127.0.0.1:{dashboard}"
+        cluster.shutdown()
+
+
+def recipe_of(folder: Path, rows: int, **more: str) -> Path:
+    write_model(folder / "model")
+    path = write_rows(folder / "rows.jsonl", [conversation(i, 1 + i % 3) for i in range(rows)])
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: apart
+model: {{path: {folder / "model"}, dtype: float32}}
+lora: null
+data: {{train: [{{path: {path}}}], max_length: 160, window_rows: 32}}
+optim: {{learning_rate: 1e-3, warmup_steps: 2}}
+train: {{global_batch_size: 4, epochs: 2}}
+engine: {{zero_stage: 0}}
+scale: {{num_workers: 2, use_gpu: false}}
+checkpoint: {{every_steps: 5, storage: {folder / "runs"}}}
+tracking: {{uri: null}}
+"""
+    )
+    return recipe
+
+
+def start(recipe: Path, name: str, address: str | None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}"]
+    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ledger(recipe: Path, name: str) -> list:
+    path = recipe.parent / "runs" / name / "ledger.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def roles_of(dashboard: str, names: tuple[str, ...]) -> dict[str, set[str]]:
+    """The roles of the nodes on which tasks and actors of these names ran."""
+    from ray.util.state import list_actors, list_nodes, list_tasks
+
+    role = {node.node_id: node.labels.get("node-role", "head") for node in list_nodes(address=dashboard, detail=True)}
+    ran = [
+        *list_tasks(address=dashboard, detail=True, limit=10_000),
+        *list_actors(address=dashboard, detail=True, limit=10_000),
+    ]
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for each in ran:
+        for name in names:
+            if each.node_id and name in str(getattr(each, "class_name", None) or each.name):
+                found[name].add(role[each.node_id])
+    return found
+
+
+def test_data_nodes_feed_training_nodes_and_one_that_is_killed_loses_nothing(nodes, tmp_path):
+    cluster, (first, *_), dashboard = nodes
+    recipe = recipe_of(tmp_path, 96)
+    calm = start(recipe, "calm", cluster.address)
+    assert calm.wait(DEADLINE_SECONDS) == 0, calm.stderr.read()
+    names = ("_slice_task", "_window_task", "_round_task", "RayTrainWorker")
+    assert roles_of(dashboard, names) == {**dict.fromkeys(names[:3], {"data"}), "RayTrainWorker": {"train"}}
+
+    killed = start(recipe, "killed", cluster.address)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while len(ledger(recipe, "killed")) < 3:
+        assert killed.poll() is None and time.monotonic() < deadline, killed.stderr.read()
+        time.sleep(0.02)
+    cluster.remove_node(first, allow_graceful=False)
+    assert killed.wait(DEADLINE_SECONDS) == 0, killed.stderr.read()
+    assert len(ledger(recipe, "calm")) > 10
+    assert ledger(recipe, "killed") == ledger(recipe, "calm")
