@@ -48,7 +48,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 def texts() -> list[str]:
     """The long descriptions of all installed packages."""
-    found = [dist.metadata.get_payload() or "" for dist in distributions()]
+    # Where importlib_metadata was imported, a description is a header.
+    found = [dist.metadata.get("Description") or dist.metadata.get_payload() for dist in distributions()]
     return sorted(text for text in found if isinstance(text, str) and len(text) > 2000)
 
 

@@ -31,7 +31,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     rows = samples = packs = tokens = trained = steps = 0
     balanced = 0.0
     with connected(recipe.scale.num_workers):
-        stream = pipeline.stream(windows, prepared.rendering(), recipe.scale.num_workers, Cursor())
+        rendering, rounds = prepared.rendering(), prepared.rounds()
+        stream = pipeline.stream(windows, rendering, rounds, recipe.scale.num_workers, Cursor())
         stream.context.execution_options.preserve_order = True
         stream.context.execution_options.label_selector = role_labels(recipe, "data")
         shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")

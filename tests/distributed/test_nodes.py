@@ -103,7 +103,7 @@ def test_data_nodes_feed_training_nodes_and_one_that_is_killed_loses_nothing(nod
     calm = start(recipe, "calm", cluster.address)
     assert calm.wait(DEADLINE_SECONDS) == 0, calm.stderr.read()
     names = ("_slice_task", "_window_task", "_round_task", "RayTrainWorker")
-    assert roles_of(dashboard, names) == {**dict.fromkeys(names[:3], {"data"}), "RayTrainWorker": {"train"}}
+    assert roles_of(dashboard, names) == {**{key: {"data"} for key in names[:3]}, "RayTrainWorker": {"train"}}
 
     killed = start(recipe, "killed", cluster.address)
     deadline = time.monotonic() + DEADLINE_SECONDS

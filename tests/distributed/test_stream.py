@@ -20,9 +20,9 @@ def consume(recipe, workers, cursor=None, round_steps=None):
     """What each worker receives: a list of steps, each with its meta and this worker's packs."""
     prepared = prepare(recipe)
     windows = pipeline.train_slices(recipe, prepared.train, cursor or Cursor())
-    rendering = prepared.rendering()
-    rendering = replace(rendering, round_steps=round_steps or rendering.round_steps)
-    stream = pipeline.stream(windows, rendering, workers, cursor or Cursor())
+    rounds = prepared.rounds()
+    rounds = replace(rounds, num_steps=round_steps or rounds.num_steps)
+    stream = pipeline.stream(windows, prepared.rendering(), rounds, workers, cursor or Cursor())
     shards = OrderedSplit().configure({"train": stream}, workers, None, None)
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda shard: list(batches(shard["train"])), shards))

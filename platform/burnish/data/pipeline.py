@@ -37,6 +37,9 @@ SCHEMA = pa.schema(
     ]
 )
 """One row a pack. `meta` is JSON: of the pack before steps are cut, of the whole step after."""
+_LIGHT = {"num_cpus": 0, "concurrency": 8}
+"""How packing a window and cutting a round are placed. They take a fraction of a second beside a minute of rendering, but
+Ray Data deals CPUs to all operators alike, as long as they do not say that they need none."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +175,24 @@ def eval_slices(recipe: Recipe, index: sources.Index) -> list[list[tuple[Place, 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What the data tasks need beside their rows."""
+    """What rendering needs beside its rows."""
 
     template: Template
     recipe: Recipe
-    cost: balance.Cost
     cache: Cache | None
-    round_steps: int
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What packing and the cutting of steps need; without a tokenizer, which takes seconds to load."""
+
+    recipe: Recipe
+    cost: balance.Cost
+    num_steps: int
 
 
 def stream(
-    windows: list[list[tuple[Place, sources.Slice]]], rendering: Rendering, num_workers: int, start: Cursor
+    windows: list[list[tuple[Place, sources.Slice]]], rendering: Rendering, rounds: Rounds, num_workers: int, start: Cursor
 ) -> ray.data.Dataset:
     """The lazy graph from slices to worker shares: blocks of G / `num_workers` packs, in global order from `start` on.
 
@@ -191,6 +201,7 @@ def stream(
     recipe = rendering.recipe
     assert windows and recipe.train.global_batch_size % num_workers == 0
     shared = ray.put(pickle.dumps(rendering))
+    light: dict[str, Any] = {**_LIGHT, "batch_format": "pyarrow"}
     size = recipe.train.global_batch_size
     # A block must be a window, so each has as many slices as the largest, some of them empty.
     longest = max(map(len, windows))
@@ -199,21 +210,25 @@ def stream(
         for window in windows
         for i in range(longest)
     ]
-    arguments = {"shared": [shared], "num_workers": num_workers, "taken": start.taken}
-    return (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(_slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]})
-        .repartition(target_num_rows_per_block=longest, strict=True)
-        .map_batches(_window_task, batch_size=longest, batch_format="pyarrow", fn_kwargs={"shared": [shared]})
-        .repartition(target_num_rows_per_block=size * rendering.round_steps, strict=True)
-        .map_batches(
-            _round_task,
-            batch_size=size * rendering.round_steps,
-            batch_format="pyarrow",
-            fn_kwargs={**arguments, "start": asdict(start)},
-        )
-        .repartition(target_num_rows_per_block=size // num_workers, strict=True)
+    round_packs = size * rounds.num_steps
+    rendered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]}
     )
+    # Each block is one slice, so that a batch of as many is exactly a window.
+    packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs={"recipe": recipe}, **light)
+    arguments = {"rounds": rounds, "num_workers": num_workers, "start": start}
+    cut = _cut(packed, round_packs).map_batches(_round_task, batch_size=round_packs, fn_kwargs=arguments, **light)
+    return _cut(cut, size // num_workers)
+
+
+def _cut(dataset: ray.data.Dataset, num_rows: int) -> ray.data.Dataset:
+    """The same rows in blocks of `num_rows`, the last one apart."""
+    cut = dataset.repartition(target_num_rows_per_block=num_rows, strict=True)
+    # There is no public way to say that this is light.
+    operator = cut._logical_plan.dag
+    operator.ray_remote_args["num_cpus"] = _LIGHT["num_cpus"]
+    operator.compute.size = _LIGHT["concurrency"]
+    return cut
 
 
 _unpickled: dict[str, Rendering] = {}
@@ -257,12 +272,12 @@ def rendered_slice(part: sources.Slice, rendering: Rendering) -> Rendered:
     return found
 
 
-def _window_task(table: pa.Table, shared: list[Any]) -> pa.Table:
+def _window_task(table: pa.Table, recipe: Recipe) -> pa.Table:
     """The rendered slices of one window to its packs, each with its meta."""
     place = Place(**json.loads(table.column("place")[0].as_py()))
     named = table.column("slice").to_pylist()
     parts = [(sources.Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
-    packs, refused, rows = pack_window(parts, place.epoch, _shared(shared[0]).recipe)
+    packs, refused, rows = pack_window(parts, place.epoch, recipe)
     trained = packs.trained_tokens()
     # A window whose rows are all refused gives one empty pack, so that its refusals travel like any other's.
     count = max(1, len(packs))
@@ -283,24 +298,23 @@ def _window_task(table: pa.Table, shared: list[Any]) -> pa.Table:
     return (_table(packs, metas) if len(packs) else _empty(metas)).slice(place.skip)
 
 
-def _round_task(table: pa.Table, shared: list[Any], num_workers: int, taken: int, start: dict[str, Any]) -> pa.Table:
+def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor) -> pa.Table:
     """The packs of a round, cut into steps and dealt to the workers; each share's first pack has its step's meta.
 
-    Of the round at which the stream starts, the first `taken` steps were trained already.
+    Of the round at which the stream starts, the steps that `start` says were taken are left out.
     """
-    rendering = _shared(shared[0])
-    size = rendering.recipe.train.global_batch_size
+    size = rounds.recipe.train.global_batch_size
     metas = [json.loads(text) for text in table.column("meta").to_pylist()]
     epoch, position, index = metas[0]["pack"]
     seq_lens = table.column("seq_lens").combine_chunks()
     firsts = seq_lens.offsets.to_numpy() - seq_lens.offsets[0].as_py()
     lengths = seq_lens.flatten().to_numpy(zero_copy_only=False)
-    costs = rendering.cost.of(lengths, firsts)
+    costs = rounds.cost.of(lengths, firsts)
     sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     tokens = np.diff(sums[firsts])
-    rng = np.random.default_rng([rendering.recipe.data.seed, epoch, position, index])
+    rng = np.random.default_rng([rounds.recipe.data.seed, epoch, position, index])
     cut = balance.steps(costs, np.array([meta["pack"][0] for meta in metas]), size, rng)
-    first = taken if (epoch, position, index) == (start["epoch"], start["position"], start["index"]) else 0
+    first = start.taken if (epoch, position, index) == (start.epoch, start.position, start.index) else 0
     order: list[NDArray[np.intp]] = []
     texts: list[str] = []
     dealt = balance.deal(size, num_workers)

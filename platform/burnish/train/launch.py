@@ -188,7 +188,7 @@ def _fit(
     recipe = prepared.recipe
     progress = start.progress if start else Progress()
     windows = pipeline.train_slices(recipe, prepared.train, progress.cursor)
-    rendering, workers = prepared.rendering(), recipe.scale.num_workers
+    rendering, rounds, workers = prepared.rendering(), prepared.rounds(), recipe.scale.num_workers
     attempt = Attempt(
         recipe=recipe.located(),
         run_folder=folder,
@@ -202,10 +202,10 @@ def _fit(
     )
     datasets = {}
     if windows:
-        datasets["train"] = pipeline.stream(windows, rendering, workers, progress.cursor)
+        datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor)
     if prepared.eval is not None:
         held_out = pipeline.eval_slices(recipe, prepared.eval)
-        datasets["eval"] = pipeline.stream(held_out, rendering, workers, pipeline.Cursor())
+        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, pipeline.Cursor())
     trainer = TorchTrainer(
         _work,
         train_loop_config={"attempt": attempt},

@@ -41,9 +41,12 @@ class Prepared:
     eval: sources.Index | None
 
     def rendering(self) -> pipeline.Rendering:
-        """What the data tasks need."""
-        cache, rounds = Cache.of(self.recipe, self.contract), round_steps(self.recipe.train.global_batch_size)
-        return pipeline.Rendering(self.template, self.recipe, pack_cost(self.recipe), cache, rounds)
+        """What the tasks that render need."""
+        return pipeline.Rendering(self.template, self.recipe, Cache.of(self.recipe, self.contract))
+
+    def rounds(self) -> pipeline.Rounds:
+        """What the tasks that pack and cut steps need."""
+        return pipeline.Rounds(self.recipe, pack_cost(self.recipe), round_steps(self.recipe.train.global_batch_size))
 
 
 def prepare(recipe: Recipe) -> Prepared:
