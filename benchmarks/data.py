@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from burnish.config import Recipe, parse
-from burnish.data import pipeline
+from burnish.data import order, pipeline
 from burnish.data.packing import pack
 from burnish.train.cluster import connected
 from burnish.train.loop import batches
@@ -80,10 +80,10 @@ def recipe_of(folder: Path, rows: str = "rows.jsonl", cache: str | None = None, 
     )
 
 
-def streamed(prepared: Prepared, cursor: pipeline.Cursor, until: int | None = None) -> tuple[int, float, pipeline.Cursor]:
+def streamed(prepared: Prepared, cursor: order.Cursor, until: int | None = None) -> tuple[int, float, order.Cursor]:
     """Tokens received (of the first `until` steps), seconds to the first batch, and the cursor after the last."""
     start = time.perf_counter()
-    windows = pipeline.train_slices(prepared.recipe, prepared.train, cursor)
+    windows = order.train_slices(prepared.recipe, prepared.train, cursor)
     stream = pipeline.stream(windows, prepared.rendering(), prepared.rounds(), 1, cursor)
     (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
     tokens, first, steps = 0, 0.0, 0
@@ -101,7 +101,7 @@ _prepared: Prepared | None = None
 def _window(window: list[Any]) -> tuple[Any, ...]:
     assert _prepared is not None
     parts = [(part, pipeline.render_slice(part, _prepared.template, _prepared.recipe)) for _, part in window]
-    packs, _, _ = pipeline.pack_window(parts, 0, _prepared.recipe)
+    packs, _, _ = order.pack_window(parts, 0, _prepared.recipe)
     return packs.input_ids, packs.labels, packs.seq_lens
 
 
@@ -109,7 +109,7 @@ def in_processes(prepared: Prepared) -> int:
     """The same functions in plain processes; tokens that reach this one."""
     global _prepared
     _prepared = prepared
-    windows = pipeline.train_slices(prepared.recipe, prepared.train, pipeline.Cursor())
+    windows = order.train_slices(prepared.recipe, prepared.train, order.Cursor())
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
         return sum(len(ids) for ids, _, _ in pool.imap(_window, windows))
 
@@ -202,7 +202,7 @@ def main() -> None:
     if options.streams:
         prepared = prepare(recipe_of(options.streams, "few.jsonl", copies=options.copies))
         with connected(0):
-            streamed(prepared, pipeline.Cursor())
+            streamed(prepared, order.Cursor())
         return
     print(f"trl {trl.__version__}, ray {ray.__version__}, {options.rows} conversations, {options.rounds} rounds")
     table("Packing alone", "thousand samples a second", packing(options.rounds), 1e3)
@@ -214,7 +214,7 @@ def main() -> None:
             speeds = timed(
                 {
                     "burnish, two plain processes": lambda: in_processes(prepared),
-                    "burnish, stream of Ray Data": lambda: streamed(prepared, pipeline.Cursor())[0],
+                    "burnish, stream of Ray Data": lambda: streamed(prepared, order.Cursor())[0],
                     "TRL, two processes": lambda: by_trl(tokenizer, talks),
                 },
                 options.rounds,
@@ -232,15 +232,15 @@ def main() -> None:
 def firsts(prepared: Prepared, folder: Path) -> None:
     """Seconds to the first batch from the start and from 90% of an epoch, and of a whole epoch with and without the cache."""
     start = time.perf_counter()
-    _, first, _ = streamed(prepared, pipeline.Cursor())
+    _, first, _ = streamed(prepared, order.Cursor())
     whole = time.perf_counter() - start
     cached = prepare(recipe_of(folder, cache=str(folder / "cache")))
-    streamed(cached, pipeline.Cursor())
+    streamed(cached, order.Cursor())
     start = time.perf_counter()
-    streamed(cached, pipeline.Cursor())
+    streamed(cached, order.Cursor())
     again = time.perf_counter() - start
-    windows = len(pipeline.train_slices(prepared.recipe, prepared.train, pipeline.Cursor()))
-    late = pipeline.Cursor(0, int(windows * 0.9))
+    windows = len(order.train_slices(prepared.recipe, prepared.train, order.Cursor()))
+    late = order.Cursor(0, int(windows * 0.9))
     _, resumed, _ = streamed(prepared, late)
     print("\n### Seconds\n\n| | seconds | share |\n|---|---|---|")
     print(f"| a whole epoch | {whole:.1f} | 1 |")

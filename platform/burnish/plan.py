@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from burnish.config import Recipe
-from burnish.data import pipeline
-from burnish.data.pipeline import Cursor, StepMeta
+from burnish.data import order, pipeline
+from burnish.data.order import Cursor, StepMeta
 from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
 from burnish.train.prepare import prepare
@@ -26,7 +26,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     prepared = prepare(recipe)
     one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
-    windows = pipeline.train_slices(one_epoch, prepared.train, Cursor())
+    windows = order.train_slices(one_epoch, prepared.train, Cursor())
     codes: Counter[str] = Counter()
     rows = samples = packs = tokens = trained = steps = 0
     balanced = 0.0

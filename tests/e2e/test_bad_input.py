@@ -8,6 +8,7 @@ import pytest
 from burnish.cli import main
 from burnish.data.contract import Contract
 from burnish.train.model import load_template
+from burnish.train.prepare import write_run_folder
 from tests.conftest import conversation, write_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -53,6 +54,25 @@ def test_files_that_are_missing_empty_or_broken(command, tmp_path):
     ):
         code, said = command(f"data.train=[{{path: {tmp_path / name}}}]")
         assert code == 3 and words in said and name in said, said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_text(path.read_text().replace("copper", "bronze")), "are not what they were"),
+        (lambda path: path.write_text(path.read_text()[:2000]), "are not what they were"),
+    ],
+    ids=["vanishes", "changes", "is cut"],
+)
+def test_a_file_that_is_no_longer_what_it_was_ends_the_run(cluster, command, tmp_path, monkeypatch, change, words):
+    def write_and_change(*arguments) -> None:
+        write_run_folder(*arguments)
+        change(tmp_path / "train.jsonl")  # after the run looked at it, before a task reads it
+
+    monkeypatch.setattr("burnish.train.launch.write_run_folder", write_and_change)
+    code, said = command("data.cache=null")
+    assert code == 3 and words in said and "train.jsonl" in said, said
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "platform" / "burnish"
 LAYERS = {
     0: {"errors", "complaint", "config", "reference"},
     1: {
-        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.packing", "data.probes",
+        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.order", "data.packing", "data.probes",
         "data.render", "data.rendered", "data.sources", "data.syntax", "data.template", "train.schedule", "sweep.space",
     },
     2: {
@@ -79,7 +79,7 @@ def test_every_module_keeps_its_layer_and_its_doors():
 
 
 def test_a_planted_violation_is_caught():
-    assert complaints("data.packing", "from burnish.data.pipeline import Cursor")
+    assert complaints("data.packing", "from burnish.data.order import Cursor")
     assert complaints("data.pipeline", "from burnish.train import ledger\nimport burnish.train.ledger")
     assert complaints("train.loop", "def f():\n    import deepspeed.comm")
     assert complaints("data.template", "import torch")

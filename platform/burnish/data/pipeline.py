@@ -1,14 +1,8 @@
-"""The Ray Data graph: slices of rows are rendered, windows packed and steps cut by CPU tasks, and dealt to the workers.
-
-The order of packs is a pure function of (recipe, epoch, window); a position in it is a `Cursor`. Packs are trained in rounds
-of N steps: round r holds the packs [r * N * G, (r + 1) * N * G) of that order, G being the global batch in packs.
-Which of them make a step depends on their costs alone, so that step t is the same for any number of workers that divides G.
-Only the last step of a run can be smaller, and empty packs fill it up.
-"""
+"""The Ray Data graph: slices of rows are rendered, windows packed and steps cut by CPU tasks, and dealt to the workers."""
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,13 +15,12 @@ from numpy.typing import NDArray
 from burnish.config import Recipe
 from burnish.data import balance, formats, sources
 from burnish.data.conversation import Conversation, Refused
-from burnish.data.packing import Packs, Sample, pack
+from burnish.data.order import Cursor, Place, StepMeta, pack_window
+from burnish.data.packing import Packs, Sample
 from burnish.data.render import render
 from burnish.data.rendered import Cache, Rendered
 from burnish.data.template import Template
 
-ORDER = "rounds of slices 1"
-"""Names the order of packs; a run that was started under another one cannot go on without losing or repeating rows."""
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -40,60 +33,6 @@ SCHEMA = pa.schema(
 _LIGHT = {"num_cpus": 0, "concurrency": 8}
 """How packing a window and cutting a round are placed. They take a fraction of a second beside a minute of rendering, but
 Ray Data deals CPUs to all operators alike, as long as they do not say that they need none."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """The next step to train: number `taken` of the round that starts at the `index`-th pack of an epoch's `position`-th
-    window."""
-
-    epoch: int = 0
-    position: int = 0
-    index: int = 0
-    taken: int = 0
-
-
-@dataclass(frozen=True)
-class StepMeta:
-    """What a worker must know of a whole step, computed where the packs are.
-
-    `packs` are [epoch, window, index], costliest first, a window being named by its position in the epoch; `progress` is the
-    share of the run's rows that lie before the step; `cursor` is the position after it. The first step of a round has the
-    `refused` rows and the number of source `rows` of the windows that begin in the round. `balance` is the mean over the
-    largest cost of the workers.
-    """
-
-    packs: tuple[tuple[int, int, int], ...]
-    tokens: int
-    trained_tokens: int
-    progress: float
-    cursor: Cursor
-    refused: tuple[dict[str, Any], ...]
-    rows: int
-    balance: float
-
-    @classmethod
-    def from_json(cls, text: str) -> "StepMeta":
-        """The meta column of the first pack that a worker gets for a step."""
-        tree = json.loads(text)
-        packs = tuple((int(e), int(w), int(i)) for e, w, i in tree["packs"])
-        return cls(**{**tree, "packs": packs, "cursor": Cursor(**tree["cursor"]), "refused": tuple(tree["refused"])})
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a slice stands in a run: in window `position` of an epoch, which `last` says is the epoch's last.
-
-    `before` and `share` are the shares of the run's rows that lie before the window and in it; of a window's packs the first
-    `skip` are not wanted.
-    """
-
-    epoch: int
-    position: int
-    last: bool
-    before: float
-    share: float
-    skip: int
 
 
 def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
@@ -120,57 +59,6 @@ def render_slice(part: sources.Slice, template: Template, recipe: Recipe) -> Ren
         except Refused as refusal:
             refused.append({**refusal.to_json(), "row": index - part.first_row})
     return Rendered.of(samples, refused, part.num_rows)
-
-
-def pack_window(
-    parts: Sequence[tuple[sources.Slice, Rendered]], epoch: int, recipe: Recipe
-) -> tuple[Packs, list[dict[str, Any]], int]:
-    """The packs of a window in their order, its refusals by row name, and its rows: a pure function of its arguments.
-
-    Of a slice whose weight is a fraction, a seeded share of the rows is taken, another one in each epoch.
-    """
-    ids, trained, lengths, refused = [], [], [], []
-    rows = 0
-    for part, rendered in parts:
-        kept = np.random.default_rng([recipe.data.seed, epoch, part.slice, 1]).random(rendered.num_rows) < part.keep
-        rows += int(kept.sum())
-        for each in rendered.refused:
-            if kept[each["row"]]:
-                refused.append({**each, "row": part.row_name(part.first_row + each["row"])})
-        wanted = kept[rendered.rows]
-        tokens = np.repeat(wanted, rendered.lengths)
-        ids.append(rendered.input_ids if wanted.all() else rendered.input_ids[tokens])
-        trained.append(rendered.trained if wanted.all() else rendered.trained[tokens])
-        lengths.append(rendered.lengths[wanted])
-    rng = np.random.default_rng([recipe.data.seed, epoch, parts[0][0].slice, 2])
-    joined = np.concatenate(ids), np.concatenate(trained), np.concatenate(lengths)
-    return pack(*joined, recipe.data.max_length, rng), refused, rows
-
-
-def train_slices(recipe: Recipe, index: sources.Index, cursor: Cursor) -> list[list[tuple[Place, sources.Slice]]]:
-    """Every window from the cursor to the end of the last epoch, in order: its slices, each with its place in the run."""
-    found = []
-    before, total = 0.0, sum(part.num_rows * part.keep for part in index.slices) * recipe.train.epochs
-    for epoch in range(recipe.train.epochs):
-        windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, epoch)
-        for position, numbers in enumerate(windows):
-            parts = [index.slices[number] for number in numbers]
-            share = sum(part.num_rows * part.keep for part in parts) / total
-            if (epoch, position) >= (cursor.epoch, cursor.position):
-                skip = cursor.index if (epoch, position) == (cursor.epoch, cursor.position) else 0
-                place = Place(epoch, position, position + 1 == len(windows), before, share, skip)
-                found.append([(place, part) for part in parts])
-            before += share
-    return found
-
-
-def eval_slices(recipe: Recipe, index: sources.Index) -> list[list[tuple[Place, sources.Slice]]]:
-    """Every window of the held-out files, in file order."""
-    windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, None)
-    return [
-        [(Place(0, position, position + 1 == len(windows), 0.0, 0.0, 0), index.slices[number]) for number in numbers]
-        for position, numbers in enumerate(windows)
-    ]
 
 
 @dataclass(frozen=True)
@@ -215,7 +103,7 @@ def stream(
         _slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]}
     )
     # Each block is one slice, so that a batch of as many is exactly a window.
-    packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs={"recipe": recipe}, **light)
+    packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs={"recipe": recipe, "slices": longest}, **light)
     arguments = {"rounds": rounds, "num_workers": num_workers, "start": start}
     cut = _cut(packed, round_packs).map_batches(_round_task, batch_size=round_packs, fn_kwargs=arguments, **light)
     return _cut(cut, size // num_workers)
@@ -272,8 +160,9 @@ def rendered_slice(part: sources.Slice, rendering: Rendering) -> Rendered:
     return found
 
 
-def _window_task(table: pa.Table, recipe: Recipe) -> pa.Table:
+def _window_task(table: pa.Table, recipe: Recipe, slices: int) -> pa.Table:
     """The rendered slices of one window to its packs, each with its meta."""
+    assert table.num_rows == slices and len(table.column("place").unique()) == 1, "a batch is a window"
     place = Place(**json.loads(table.column("place")[0].as_py()))
     named = table.column("slice").to_pylist()
     parts = [(sources.Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
@@ -324,7 +213,7 @@ def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor
         mean, largest = balance.balance(np.append(costs, 0.0)[filled], num_workers)
         after = metas[-1]["after"] if number + 1 == len(cut) else {**_start_of(metas[0]), "taken": number + 1}
         meta = StepMeta(
-            packs=tuple(tuple(metas[i]["pack"]) for i in step if tokens[i]),
+            packs=tuple(tuple(metas[i]["pack"]) for i in sorted(step) if tokens[i]),
             tokens=int(tokens[step].sum()),
             trained_tokens=sum(metas[i]["trained_tokens"] for i in step),
             progress=metas[number * size]["progress"],

@@ -154,12 +154,12 @@ def _scan(name: str, path: str, slice_rows: int, window_rows: int) -> list[Part]
         kind = files.kind_of(path)
         if kind in ("parquet", "arrow"):
             return _scan_table(path, kind, slice_rows)
-        return _scan_lines(path, slice_rows if kind == "jsonl" else window_rows)
+        return _scan_lines(name, path, slice_rows if kind == "jsonl" else window_rows)
     except files.UNREADABLE as error:
         raise DataError(f"{name}: cannot be read as {files.kind_of(path)}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _scan_lines(path: str, slice_rows: int) -> list[Part]:
+def _scan_lines(name: str, path: str, slice_rows: int) -> list[Part]:
     parts: list[Part] = []
     digest = hashlib.sha256()
     offset = start = rows = 0
@@ -167,6 +167,8 @@ def _scan_lines(path: str, slice_rows: int) -> list[Part]:
     with files.open_lines(path) as file:
         for line, size in _lines(file):
             if line.strip():
+                if rows == 0 and line.lstrip().startswith(b"["):
+                    raise DataError(f"{name}: is one JSON array; write one object a line, for example with jq -c '.[]'")
                 if rows % slice_rows == 0:
                     digest, start = hashlib.sha256(), offset
                     parts.append((rows, 0, start if seekable else -1, ""))

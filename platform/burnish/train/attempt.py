@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from burnish.config import Recipe
-from burnish.data.pipeline import Cursor
+from burnish.data.order import Cursor
 
 STOP_FILE = "STOP"
 """A file of this name in the run folder asks the run to save a checkpoint and end."""

@@ -24,7 +24,7 @@ import ray.train
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from burnish.data.pipeline import Cursor
+from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
 

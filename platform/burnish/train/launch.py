@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
 from burnish.config import Recipe
-from burnish.data import pipeline
+from burnish.data import order, pipeline
 from burnish.errors import DataError, InfrastructureError, RecipeError, Stopped
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
@@ -187,7 +187,7 @@ def _fit(
     """One attempt: the stream from the checkpoint's cursor on, and the workers."""
     recipe = prepared.recipe
     progress = start.progress if start else Progress()
-    windows = pipeline.train_slices(recipe, prepared.train, progress.cursor)
+    windows = order.train_slices(recipe, prepared.train, progress.cursor)
     rendering, rounds, workers = prepared.rendering(), prepared.rounds(), recipe.scale.num_workers
     attempt = Attempt(
         recipe=recipe.located(),
@@ -204,8 +204,8 @@ def _fit(
     if windows:
         datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor)
     if prepared.eval is not None:
-        held_out = pipeline.eval_slices(recipe, prepared.eval)
-        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, pipeline.Cursor())
+        held_out = order.eval_slices(recipe, prepared.eval)
+        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor())
     trainer = TorchTrainer(
         _work,
         train_loop_config={"attempt": attempt},

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from burnish.data.pipeline import StepMeta
+from burnish.data.order import StepMeta
 from burnish.errors import DataError, InfrastructureError
 
 

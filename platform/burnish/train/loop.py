@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from burnish.data.pipeline import StepMeta
+from burnish.data.order import StepMeta
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint

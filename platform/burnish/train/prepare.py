@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import Recipe, differences, load
-from burnish.data import pipeline, sources
+from burnish.data import order, pipeline, sources
 from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
@@ -207,4 +207,4 @@ def digests(prepared: Prepared) -> dict[str, str]:
     """What a run reads: sha256 of training rows, held-out rows and the files of a local model, and the order of packs."""
     held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
     model = model_digest(prepared.recipe)
-    return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {}), "order": pipeline.ORDER}
+    return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {}), "order": order.ORDER}

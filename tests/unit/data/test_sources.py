@@ -115,6 +115,7 @@ def test_an_epoch_draws_its_windows_from_all_files_in_an_order_of_its_own(tmp_pa
         ("empty.jsonl", b"", "holds no row"),
         ("blank.jsonl", b"\n\n", "holds no row"),
         ("a.csv", b"x", "cannot tell what this is"),
+        ("array.json", b'[\n{"messages": []}]', r"one JSON array; write one object a line, for example with jq -c '\.\[\]'"),
         ("broken.parquet", b"PAR1 this is none", "cannot be read as parquet"),
         ("broken.jsonl.gz", b"no gzip", "cannot be read as gzip"),
         ("broken.jsonl.zst", b"no zstd", "cannot be read as zstd"),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from burnish.data.pipeline import Cursor
+from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import newest, verify, writing

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from burnish.data.pipeline import Cursor, StepMeta
+from burnish.data.order import Cursor, StepMeta
 from burnish.errors import DataError
 from burnish.train.ledger import Ledger, lines
 
