@@ -225,6 +225,10 @@ def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, c
 
 
 def test_the_ledger_is_the_same_on_1_2_and_4_workers(cluster, capsys, recipe_file, tmp_path):
+    code, out, err = run(capsys, "plan", recipe_file(), "--json")
+    assert code == 0 and json.loads(out)["rows"] == 40, err
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
+    assert len(kept) == 5, "plan keeps every slice of 8 rows"
     ledgers = []
     for workers in (1, 2, 4):
         name = f"workers-{workers}"
@@ -241,4 +245,6 @@ def test_the_ledger_is_the_same_on_1_2_and_4_workers(cluster, capsys, recipe_fil
     losses = [[line.pop("loss") for line in ledger] for ledger in ledgers]
     assert ledgers[0] == ledgers[1] == ledgers[2]
     assert len(ledgers[0]) == 4
+    now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
+    assert now == kept, "three epochs of three runs render nothing again"
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
