@@ -67,7 +67,7 @@ def recipe_of(folder: Path, rows: str = "rows.jsonl", cache: str | None = None, 
             "data": {
                 "train": [{"path": str(folder / rows), "weight": copies}],
                 "max_length": CAPACITY,
-                "window_rows": 512,
+                "window_rows": 2048,
                 "cache": cache,
                 "max_refused": 1.0,
             },

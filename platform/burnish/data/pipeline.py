@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data import TaskPoolStrategy
 
 from burnish.config import Recipe
 from burnish.data import balance, formats, sources
@@ -30,9 +31,9 @@ SCHEMA = pa.schema(
     ]
 )
 """One row a pack. `meta` is JSON: of the pack before steps are cut, of the whole step after."""
-_LIGHT = {"num_cpus": 0, "concurrency": 8}
-"""How packing a window and cutting a round are placed. They take a fraction of a second beside a minute of rendering, but
-Ray Data deals CPUs to all operators alike, as long as they do not say that they need none."""
+_LIGHT_CPUS, _LIGHT_TASKS = 0, 8
+"""CPUs and concurrent tasks of packing windows and cutting rounds. They take a fraction of a second beside a minute of
+rendering, but Ray Data deals CPUs to all operators alike, as long as they do not say that they need none."""
 
 
 def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
@@ -89,7 +90,7 @@ def stream(
     recipe = rendering.recipe
     assert windows and recipe.train.global_batch_size % num_workers == 0
     shared = ray.put(pickle.dumps(rendering))
-    light: dict[str, Any] = {**_LIGHT, "batch_format": "pyarrow"}
+    light: dict[str, Any] = {"num_cpus": _LIGHT_CPUS, "compute": TaskPoolStrategy(_LIGHT_TASKS), "batch_format": "pyarrow"}
     size = recipe.train.global_batch_size
     # A block must be a window, so each has as many slices as the largest, some of them empty.
     longest = max(map(len, windows))
@@ -114,8 +115,8 @@ def _cut(dataset: ray.data.Dataset, num_rows: int) -> ray.data.Dataset:
     cut = dataset.repartition(target_num_rows_per_block=num_rows, strict=True)
     # There is no public way to say that this is light.
     operator = cut._logical_plan.dag
-    operator.ray_remote_args["num_cpus"] = _LIGHT["num_cpus"]
-    operator.compute.size = _LIGHT["concurrency"]
+    operator.ray_remote_args["num_cpus"] = _LIGHT_CPUS
+    operator.compute.size = _LIGHT_TASKS
     return cut
 
 

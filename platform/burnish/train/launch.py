@@ -122,6 +122,7 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
             "contract.sha256": contract.sha256(),
         }
         data = digests(prepared)
+        tags["data.order"] = data.pop("order")
         tags |= {"model.sha256": data.pop("model")} if "model" in data else {}
         files = [folder / name for name in ("recipe.yaml", "contract.json", "chat_template.jinja")]
         tracking.describe(prepared.recipe, run_id, tags, files, data)
