@@ -33,7 +33,8 @@ class Slice:
 
     `slice` numbers the slices of a source list from 0; the same files give the same slices on every machine. `name` is the
     file for people, `path` for reading. `offset` is the byte at which the slice starts in an uncompressed JSONL file, else
-    -1. `digest` is the sha256 of what it holds, with which a file that changes under a run is noticed.
+    -1. `digest` is the sha256 of what it holds, with which a file that changes under a run is noticed; of a Parquet or Arrow
+    file, whose slices have no bytes of their own, `stamp` notices it.
     """
 
     slice: int
@@ -44,6 +45,7 @@ class Slice:
     offset: int
     keep: float
     digest: str
+    stamp: str = ""
 
     def row_name(self, row: int) -> str:
         """How messages and records name a row of the file: ``path#index``."""
@@ -81,9 +83,10 @@ def index(sources: Sequence[SourceSpec], window_rows: int) -> Index:
             for _, _, _, part in parts:
                 digest.update(f"{part} {source.weight}\n".encode())
             rows += sum(num_rows for _, num_rows, _, _ in parts)
+            stamp = _stamp(path)
             for keep in [1.0] * int(source.weight) + ([source.weight % 1] if source.weight % 1 else []):
                 for first, num_rows, offset, part in parts:
-                    slices.append(Slice(len(slices), name, path, first, num_rows, offset, keep, part))
+                    slices.append(Slice(len(slices), name, path, first, num_rows, offset, keep, part, stamp))
     return Index(tuple(slices), rows, digest.hexdigest())
 
 
@@ -111,6 +114,11 @@ def read(part: Slice) -> Iterator[tuple[int, Any]]:
     """
     kind = _DATASET if part.path.startswith(_DATASET) else files.kind_of(part.path)
     try:
+        if part.stamp != _stamp(part.path):
+            raise DataError(
+                f"{part.name}: is not what it was when the run looked at it first; put the old file back, or start a run of "
+                "another name on the new one"
+            )
         if kind == _DATASET:
             rows = _read_dataset(part)
         elif kind == "parquet":
@@ -240,6 +248,16 @@ def _scan_table(path: str, kind: str, slice_rows: int) -> list[Part]:
         rows = sum(batch.num_rows for batch in _arrow_batches(path))
     whole = digest.hexdigest()
     return [(first, *_ranged(whole, first, min(slice_rows, rows - first))) for first in range(0, rows, slice_rows)]
+
+
+def _stamp(path: str) -> str:
+    """The size of a table's file and the sha256 of its end, where it says what lies where; empty for other files."""
+    if path.startswith(_DATASET) or files.kind_of(path) not in ("parquet", "arrow"):
+        return ""
+    with files.open_random(path) as file:
+        size = int(file.size())
+        file.seek(max(0, size - (1 << 16)))
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
 
 
 def _ranged(whole: str, first: int, num_rows: int) -> tuple[int, int, str]:

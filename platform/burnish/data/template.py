@@ -158,7 +158,7 @@ class Template:
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
         if self._spelling:
-            # Without asking for offsets the same ids come about a quarter faster.
+            # Without offsets the same ids come faster; what they spell says where they stand.
             found = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
             if b"".join([self._spelling[i] for i in found]) == text.encode():
                 ids = np.array(found, np.int32)

@@ -127,3 +127,17 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, words):
     with pytest.raises(DataError, match=words) as error:
         index([SourceSpec(path=str(tmp_path / name))], 5)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda rows: rows[::-1], lambda rows: [{**rows[0], "n": 7}, *rows[1:]], lambda rows: rows[:20]]
+)
+def test_a_table_that_changes_under_a_run_is_noticed(tmp_path, change):
+    # Its rows would else be trained, and kept in the cache under the digest of the old ones.
+    path = write(tmp_path, "parquet")
+    found = index([SourceSpec(path=str(path))], 5)
+    assert list(read(found.slices[0]))
+    pq.write_table(pa.Table.from_pylist(change(ROWS)), path, row_group_size=7)
+    for part in found.slices:
+        with pytest.raises(DataError, match="is not what it was when the run looked at it first"):
+            list(read(part))
