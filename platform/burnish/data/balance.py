@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 _ROUND_STEPS, _ROUND_PACKS = 16, 512
 """Least steps and packs of a round: more of them balance better, and let the first step wait longer. With 512 packs the mean
-over the largest cost of 8 workers is 0.99 on conversations with a long tail to 32k tokens (tests/unit/data/test_balance.py)."""
+over the largest cost of 8 workers is 0.99 on lengths with a tail to 32k tokens (tests/unit/data/test_balance.py)."""
 
 
 @dataclass(frozen=True)
