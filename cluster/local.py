@@ -44,6 +44,9 @@ def free_ports(count: int) -> list[int]:
 
 def start(nodes: int, cpus: int, dashboard: int, folder: str) -> Cluster:
     """A cluster whose nodes have all joined; `folder` is short, because Unix sockets lie in it."""
+    # Ray keeps what no node's own folder has under this one, and does not make it.
+    os.environ["RAY_TMPDIR"] = folder
+    Path(folder, "ray").mkdir()
     agent, metrics, client = free_ports(3)
     head = {
         "num_cpus": 0, "object_store_memory": MEMORY, "temp_dir": folder, "include_dashboard": True,

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,19 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ray_folder() -> Iterator[None]:
+    """A folder of this test run's own for every Ray that it starts; short, because Unix sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # A simulated cluster writes its address there, and a new machine has no /tmp/ray.
+        Path(folder, "ray").mkdir()
+        os.environ["RAY_TMPDIR"] = folder
+        yield
+        del os.environ["RAY_TMPDIR"]
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def cluster(ray_folder: None) -> Iterator[dict[str, str]]:
     """A Ray cluster of three nodes on this machine, joined by this process; addresses of its GCS and dashboard."""
     import logging
 
@@ -174,8 +186,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
     dashboard, agent, grpc, client = free_ports(4)
     # Unix sockets must have short paths, so not pytest's own folder.
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="bt-", ignore_cleanup_errors=True) as folder:
         nodes = Cluster(
             initialize_head=True,

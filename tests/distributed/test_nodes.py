@@ -20,7 +20,7 @@ STORE = 100 << 20
 
 
 @pytest.fixture
-def nodes():
+def nodes(ray_folder: None):
     """Two data nodes and two training nodes behind a head that runs no tasks, apart from any other Ray of this process."""
     from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from burnish.cli import main
-from tests.conftest import ROOT, conversation, write_rows
+from tests.conftest import ROOT, conversation, free_ports, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -90,6 +91,24 @@ def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(cluster, 
         assert (tmp_path / "runs/small/export/model.safetensors").exists()
     finally:
         recipe.unlink()
+
+
+def test_a_local_cluster_starts_where_no_ray_ever_ran_and_leaves_nothing_behind():
+    with tempfile.TemporaryDirectory(prefix="lc-", dir="/tmp") as new:
+        environment = {**os.environ, "TMPDIR": new}
+        del environment["RAY_TMPDIR"]
+        command = [sys.executable, "cluster/local.py", "--nodes", "2", "--dashboard-port", str(free_ports(1)[0])]
+        local = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        said = iter(local.stdout.readline, "")
+        assert any(line.startswith("End ") for line in said), local.stderr.read()
+        local.terminate()
+        assert local.wait(60) == 0, local.stderr.read()
+        local.stdout.close()
+        local.stderr.close()
+        # Ray's dashboard leaves empty folders of Python's multiprocessing, with or without us.
+        assert [name for name in os.listdir(new) if not name.startswith("pymp-")] == []
 
 
 def test_what_travels_with_a_job_holds_no_secrets_and_no_outputs(tmp_path):
