@@ -40,7 +40,7 @@ from trl import SFTConfig, SFTTrainer
 
 from burnish.data.conversation import Conversation
 from burnish.data.render import render
-from burnish.data.template import Template
+from burnish.train.model import dated
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -89,7 +89,7 @@ def contenders(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, object]]
 
     def burnish(name: str) -> int:
         source = (TEMPLATES / f"{name}.jinja").read_text()
-        template = Template(tokenizer, source, {}, frozenset([tokenizer.eos_token_id]))
+        template = dated(tokenizer, source, {}, frozenset([tokenizer.eos_token_id]), None)
         return sum(len(sample) for row in rows for sample in render(Conversation.parse(row), template, 1 << 20))
 
     def own_mask() -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -73,7 +73,10 @@ class Contract:
         cls, template: Template, masks: Mapping[str, Any] | None = None, rows: Mapping[str, str] | None = None
     ) -> "Contract":
         """The contract of a template: every probe rendered with and without the generation prompt, in every mode."""
-        probes = [probe for mode in _modes(template) for name in PROBES for probe in _probe(template, name, mode)]
+        probes = [
+            Probe(name, mode, prompt, text, None if text is None else template.encode(text).ids.tolist(), error)
+            for name, mode, prompt, text, error in renders(template)
+        ]
         stop_ids = sorted(template.stop_ids)
         behaviour = [[[probe.place(), *probe.behaviour()] for probe in probes], stop_ids]
         return cls(
@@ -168,18 +171,18 @@ def _modes(template: Template) -> list[dict[str, Any]]:
     return modes
 
 
-def _probe(template: Template, name: str, kwargs: dict[str, Any]) -> list[Probe]:
-    conversation = replace(Conversation.parse(PROBES[name]), kwargs=kwargs)
-    messages = conversation.messages
-    fed = messages[:-1] if messages[-1].role == "assistant" else messages
-    probes = []
-    for part, prompt in ((messages, False), (fed, True)):
-        try:
-            text = template.text(part, conversation, prompt)
-            probes.append(Probe(name, kwargs, prompt, text, template.encode(text).ids.tolist(), None))
-        except Refused as refused:
-            probes.append(Probe(name, kwargs, prompt, None, None, refused.message))
-    return probes
+def renders(template: Template) -> Iterator[tuple[str, dict[str, Any], bool, str | None, str | None]]:
+    """What a template makes of every probe in every mode: name, mode, whether it is a prompt, text, or the error instead."""
+    for mode in _modes(template):
+        for name in PROBES:
+            conversation = replace(Conversation.parse(PROBES[name]), kwargs=mode)
+            messages = conversation.messages
+            fed = messages[:-1] if messages[-1].role == "assistant" else messages
+            for part, prompt in ((messages, False), (fed, True)):
+                try:
+                    yield name, mode, prompt, template.text(part, conversation, prompt), None
+                except Refused as refused:
+                    yield name, mode, prompt, None, refused.message
 
 
 def _sha256(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names for what a model thinks before it answers; transformers shows each of them to a template under all of them."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -139,7 +140,7 @@ def _content(item: Mapping[str, Any], turn: int) -> str:
 def _check_text(value: Any, turn: int | None) -> None:
     """Raises Refused where a value is no JSON, or holds text that no tokenizer can read."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        _ENCODER.encode(value).encode()
     except UnicodeEncodeError:
         raise Refused("bad-row", "the text holds half of a surrogate pair, as a cut emoji leaves it", turn) from None
     except (TypeError, ValueError, RecursionError):

@@ -55,8 +55,10 @@ class Trace:
     @cached_property
     def _places(self) -> list[NDArray[np.intp]]:
         """For each text the positions of the characters that came from it, in order."""
-        order = np.argsort(self.owner, kind="stable")
-        edges = np.searchsorted(self.owner[order], np.arange(len(self.texts) + 1))
+        # NumPy sorts 16 bits by radix; no script has letters for more texts than that.
+        owner = self.owner.astype(np.int16)
+        order = np.argsort(owner, kind="stable")
+        edges = np.searchsorted(owner[order], np.arange(len(self.texts) + 1))
         return [order[start:end] for start, end in pairwise(edges)]
 
     @cached_property

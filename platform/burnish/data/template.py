@@ -67,6 +67,20 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class _Spelling:
+    """The bytes of every token laid end to end: token i is `data[starts[i] : starts[i] + sizes[i]]`."""
+
+    data: NDArray[np.uint8]
+    starts: NDArray[np.int32]
+    sizes: NDArray[np.int32]
+
+    def of(self, ids: NDArray[np.int32], sizes: NDArray[np.int32]) -> bytes:
+        """The bytes that these tokens spell; `sizes` are their own."""
+        moved = self.starts[ids] + sizes - np.cumsum(sizes, dtype=np.int32)
+        return self.data[np.repeat(moved, sizes) + np.arange(sizes.sum(), dtype=np.int32)].tobytes()
+
+
+@dataclass(frozen=True)
 class Template:
     """A tokenizer with its resolved chat template, as the server will use them.
 
@@ -157,12 +171,14 @@ class Template:
 
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
-        if self._spelling:
+        spelling = self._spelling
+        if spelling:
             # Without offsets the same ids come faster; what they spell says where they stand.
-            found = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            if b"".join([self._spelling[i] for i in found]) == text.encode():
-                ids = np.array(found, np.int32)
-                return self._encoding(text, ids, *_edges(text, self._bytes_of[ids]))
+            ids = np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+            data = text.encode()
+            sizes = spelling.sizes[ids]
+            if int(sizes.sum()) == len(data) and spelling.of(ids, sizes) == data:
+                return self._encoding(text, ids, *_edges(text, sizes))
         whole = self._backend.encode(text, add_special_tokens=False)
         edges = np.array(whole.offsets, np.int32).reshape(-1, 2)
         return self._encoding(text, np.array(whole.ids, np.int32), edges[:, 0], edges[:, 1])
@@ -171,21 +187,18 @@ class Template:
         return Encoding(text, ids, np.flatnonzero(self._cuts[ids]), np.flatnonzero(self._stops[ids]), starts, ends)
 
     @cached_property
-    def _spelling(self) -> tuple[bytes, ...]:
-        """The bytes that each id of a byte-level vocabulary stands for; empty for another vocabulary."""
+    def _spelling(self) -> "_Spelling | None":
+        """The bytes that each id of a byte-level vocabulary stands for; None for another vocabulary."""
         if (self.vocabulary().get("decoder") or {}).get("type") != "ByteLevel":
-            return ()
+            return None
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = {i: str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
-        spelling = [b""] * (1 + max(vocabulary.values()))
+        spelled = [b""] * (1 + max(vocabulary.values()))
         for token, i in vocabulary.items():
             own = i not in added and all(letter in _BYTES for letter in token)
-            spelling[i] = bytes(_BYTES[letter] for letter in token) if own else token.encode()
-        return tuple(spelling)
-
-    @cached_property
-    def _bytes_of(self) -> NDArray[np.int32]:
-        return np.array([len(spelled) for spelled in self._spelling], np.int32)
+            spelled[i] = bytes(_BYTES[letter] for letter in token) if own else token.encode()
+        sizes = np.array([len(each) for each in spelled], np.int32)
+        return _Spelling(np.frombuffer(b"".join(spelled), np.uint8), np.cumsum(sizes, dtype=np.int32) - sizes, sizes)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template, _plain_template_data
 
 from burnish.config import LoraSpec, Recipe
 from burnish.data import syntax
 from burnish.data.balance import Cost
+from burnish.data.contract import renders
 from burnish.data.template import Template
 from burnish.errors import DataError, RecipeError
 
@@ -103,18 +104,31 @@ def model_digest(recipe: Recipe) -> str | None:
     return digest.hexdigest()
 
 
-class _DatedTokenizer:
-    """A tokenizer whose templates see a fixed day where they read the clock (`strftime_now`)."""
+class _Direct:
+    """A tokenizer that renders templates without the copies by which transformers shields itself from its callers.
 
-    def __init__(self, tokenizer: Any, date: datetime.date) -> None:
-        self._tokenizer, self._date = tokenizer, date
+    What burnish renders is plain JSON already. A template that reads the clock (`strftime_now`) sees a fixed day, if there
+    is one; through transformers it cannot.
+    """
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
-        """The render of the tokenizer's own method, with the fixed day."""
-        # transformers gives every compiled template its own clock, and a variable of that name cannot be a function.
-        compiled = _compile_jinja_template(kwargs["chat_template"])
-        compiled.globals["strftime_now"] = self._date.strftime
-        return self._tokenizer.apply_chat_template(conversation, **kwargs)
+    def __init__(self, tokenizer: Any, date: datetime.date | None) -> None:
+        self._tokenizer, self._special = tokenizer, dict(tokenizer.special_tokens_map)
+        self._clock = {"strftime_now": date.strftime} if date else {}
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], *, chat_template: str, tools: Any, add_generation_prompt: bool, **more: Any
+    ) -> str:
+        """The text that the tokenizer's own method gives for `tokenize=False`."""
+        more.pop("tokenize")
+        text: str = _compile_jinja_template(chat_template).render(
+            messages=_alias_reasoning_fields(conversation),
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._clock,
+            **{**self._special, **_plain_template_data(more)},
+        )
+        return text
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -140,10 +154,11 @@ def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: froz
     """A template that shows the day `date` (ISO), else today, where it reads the clock. Raises what Template raises."""
     # Generation configurations may name ids of a padded vocabulary, which no text has.
     stop_ids = frozenset(i for i in stop_ids if tokenizer.convert_ids_to_tokens(i) is not None)
-    if not syntax.parse(source).reads_clock:
-        return Template(tokenizer, source, kwargs, stop_ids)
-    day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    return Template(_DatedTokenizer(tokenizer, day), source, kwargs, stop_ids, day.isoformat())
+    if syntax.parse(source).reads_clock:
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        return Template(_Direct(tokenizer, day), source, kwargs, stop_ids, day.isoformat())
+    plain, direct = (Template(each, source, kwargs, stop_ids) for each in (tokenizer, _Direct(tokenizer, None)))
+    return direct if list(renders(direct)) == list(renders(plain)) else plain
 
 
 def pack_cost(recipe: Recipe) -> Cost:

@@ -26,8 +26,9 @@ CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "sweep", "data.train", "data.eval", "data.cache", "template.path")
+FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "template.path"}
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
+FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if not (folder / "recipe.yaml").exists():
         return
     changed = differences(load(folder / "recipe.yaml"), recipe.located())
-    changed = {path: pair for path, pair in changed.items() if not path.startswith(FREE_TO_CHANGE)}
+    changed = {p: pair for p, pair in changed.items() if p not in FREE_TO_CHANGE and not p.startswith(FREE_SECTIONS)}
     if all(str(place).startswith("/") for place in changed.get("model.path", [""])):
         del changed["model.path"]  # folders that moved; what they hold is compared by digest
     if changed:

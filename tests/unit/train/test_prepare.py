@@ -39,6 +39,14 @@ def test_the_same_recipe_goes_on_and_the_resolved_one_has_absolute_paths(started
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"].startswith("/")
 
 
+@pytest.mark.parametrize("change", [{"train_on": "last_assistant"}, {"seed": 1}, {"window_rows": 8}])
+def test_a_recipe_that_trains_otherwise_is_refused(started, change):
+    recipe, folder = started
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update=change)})
+    with pytest.raises(RecipeError, match=f"another recipe .data.{next(iter(change))}: "):
+        check_same_run(prepare(other), folder)
+
+
 def test_a_model_that_moved_goes_on_and_one_that_changed_does_not(started, tmp_path):
     recipe, folder = started
     (tmp_path / "model").rename(tmp_path / "moved")
