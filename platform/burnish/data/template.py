@@ -77,7 +77,7 @@ class _Spelling:
     def of(self, ids: NDArray[np.int32], sizes: NDArray[np.int32]) -> bytes:
         """The bytes that these tokens spell; `sizes` are their own."""
         moved = self.starts[ids] + sizes - np.cumsum(sizes, dtype=np.int32)
-        return self.data[np.repeat(moved, sizes) + np.arange(sizes.sum(), dtype=np.int32)].tobytes()
+        return bytes(self.data[np.repeat(moved, sizes) + np.arange(sizes.sum(), dtype=np.int32)])
 
 
 @dataclass(frozen=True)

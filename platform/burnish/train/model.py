@@ -115,20 +115,13 @@ class _Direct:
         self._tokenizer, self._special = tokenizer, dict(tokenizer.special_tokens_map)
         self._clock = {"strftime_now": date.strftime} if date else {}
 
-    def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, chat_template: str, tools: Any, add_generation_prompt: bool, **more: Any
-    ) -> str:
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> str:
         """The text that the tokenizer's own method gives for `tokenize=False`."""
-        more.pop("tokenize")
-        text: str = _compile_jinja_template(chat_template).render(
-            messages=_alias_reasoning_fields(conversation),
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._clock,
-            **{**self._special, **_plain_template_data(more)},
-        )
-        return text
+        given = {name: kwargs.pop(name) for name in ("tools", "add_generation_prompt")}
+        assert not kwargs.pop("tokenize")
+        compiled = _compile_jinja_template(kwargs.pop("chat_template"))
+        shown = {"messages": _alias_reasoning_fields(conversation), "documents": None, **given, **self._clock}
+        return str(compiled.render(**shown, **{**self._special, **_plain_template_data(kwargs)}))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
