@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--merge", action="store_true", help="add the adapter into the base weights")
     export.set_defaults(verb=_export)
 
+    report = verbs.add_parser("report", help="Write a run's report.", description="Write a run's report as one web page.")
+    report.add_argument("run", type=Path, help="run folder, for example runs/quickstart")
+    report.set_defaults(verb=_report)
+
     chat = verbs.add_parser("chat", help="Talk to a model.", description="Talk to a model.")
     chat.add_argument("model", help="exported folder, or run folder with an export")
     chat.add_argument("--message", action="append", help="ask this and exit; may be given several times")
@@ -162,6 +166,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
     print(export(Path(arguments.run), folder, merge=arguments.merge))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from burnish.report import report
+
+    print(report(arguments.run))
     return 0
 
 

@@ -17,7 +17,6 @@ from burnish.data.contract import Contract, difference
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
 from burnish.train.model import load_template, model_digest, with_adapters
-from burnish.train.prepare import read_contract
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     recipe = load(run / "recipe.yaml")
     if not (run / "contract.json").exists():
         raise RecipeError(f"{run}: is no training run; of a sweep, export a trial, for example {run}/trials/trial-000")
-    contract = read_contract(run)
+    contract = Contract.read(run)
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise DataError(f"{run}: has no checkpoint yet; train it first")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from burnish import html
 from burnish.config import Recipe
 from burnish.data.packing import Sample
 from burnish.data.template import Template
@@ -13,34 +14,6 @@ from burnish.preview import PreviewRow, rows
 from burnish.train.ledger import replace_text
 from burnish.train.model import check_model, load_template
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --dim: #6b7484; --paper: #fff; --line: #e2e6ec;
-  --on: #0b7a3b; --onbg: #d9f5e4; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #8b95a5; --paper: #14181f; --line: #2b323d;
-  --on: #7ce0a3; --onbg: #12391f; --bad: #ff8a80 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; margin: 0 }
-h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
-.dim { color: var(--dim) }
-.bad { color: var(--bad) }
-dl { display: flex; flex-wrap: wrap; gap: .3rem 2rem; margin: 1rem 0 }
-dt { color: var(--dim); font-size: .8rem }
-dd { margin: 0; font-size: 1.15rem }
-details { border: 1px solid var(--line); border-radius: 8px; margin: .5rem 0; padding: .4rem .8rem }
-summary { cursor: pointer; overflow-wrap: anywhere }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace; margin: .5rem 0 }
-i, b { font-style: normal; font-weight: inherit; border-radius: 2px }
-i { color: var(--dim) }
-b { color: var(--on); background: var(--onbg) }
-i:hover, b:hover { outline: 1px solid currentColor }
-#tip { position: fixed; background: var(--ink); color: var(--paper); padding: .15rem .5rem; border-radius: 5px;
-  font-size: 12px; display: none }
-.bars { display: flex; align-items: flex-end; gap: 2px; height: 7rem; border-bottom: 1px solid var(--line) }
-.bars div { flex: 1; background: var(--on); min-height: 0 }
-.ends { display: flex; justify-content: space-between }
-td { padding: .1rem 1.5rem .1rem 0 }
-"""
 _SCRIPT = """
 const tip=document.getElementById('tip');
 document.addEventListener('mousemove',e=>{const t=e.target.closest('pre i,pre b');
@@ -77,23 +50,15 @@ def page(recipe: Recipe, template: Template, previewed: Sequence[PreviewRow]) ->
         "trained": f"{trained:,} ({trained / tokens:.1%})" if tokens else "0",
         "longest": f"{max(map(len, samples), default=0):,} of {recipe.data.max_length:,}",
     }
-    head = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(recipe.name)}: what is trained</title><style>{_STYLE}</style><body>"
-        f"<h1>{escape(recipe.name)}: what is trained</h1><div class=dim>{escape(recipe.model.path)}; trained text is "
-        f"<b>green</b>, the rest <i>grey</i>; point at a token to see its id</div><dl>{head}</dl>"
-        f"{_refusals(codes)}{_lengths([len(sample) for sample in samples])}<h2>Rows</h2>"
-        + "".join(_row(row, template) for row in previewed)
-        + f"<div id=tip></div><script>{_SCRIPT}</script></body></html>\n"
+    subtitle = (
+        f"{escape(recipe.model.path)}; trained text is <b>green</b>, the rest <i>grey</i>; point at a token to see its id"
     )
-
-
-def _refusals(codes: "Counter[str]") -> str:
-    if not codes:
-        return ""
-    lines = "".join(f"<tr><td>{escape(code)}<td>{count:,}" for code, count in codes.most_common())
-    return f"<h2>Refused rows by code</h2><table>{lines}</table>"
+    refused = f"<h2>Refused rows by code</h2>{html.table(codes.most_common())}" if codes else ""
+    body = (
+        f"{html.facts(facts)}{refused}{_lengths([len(sample) for sample in samples])}<h2>Rows</h2>"
+        f"{''.join(_row(row, template) for row in previewed)}"
+    )
+    return html.document(f"{recipe.name}: what is trained", subtitle, body, _SCRIPT)
 
 
 def _lengths(lengths: Sequence[int]) -> str:

@@ -89,6 +89,13 @@ def describe(recipe: Recipe, run_id: str | None, tags: dict[str, str], files: li
         client.log_inputs(run_id, datasets)
 
 
+def add_file(recipe: Recipe, run_id: str | None, file: Path) -> None:
+    """Adds a file to the run's artifacts."""
+    if run_id is not None and recipe.tracking.uri is not None:
+        with forgiving(f"sending {file.name}"):
+            _client(recipe.tracking.uri).log_artifact(run_id, str(file))
+
+
 def close_run(recipe: Recipe, run_id: str | None, status: str) -> None:
     """Sets the final status: FINISHED, FAILED or KILLED."""
     if run_id is not None and recipe.tracking.uri is not None:

@@ -16,7 +16,6 @@ from burnish.data.template import Template
 from burnish.errors import DataError, RecipeError
 from burnish.serving import Prompt, Server
 from burnish.train.model import dated
-from burnish.train.prepare import read_contract
 
 _REMEDY = (
     "Give the server this folder's tokenizer and chat_template.jinja. A probe of something that it cannot express and you "
@@ -123,7 +122,7 @@ def _exported(path: Path) -> tuple[Path, Contract]:
         raise RecipeError(f"{folder}: is a run without an export; first type: burnish export {folder}")
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder; name an exported one, for example runs/quickstart/export")
-    return folder, read_contract(folder)
+    return folder, Contract.read(folder)
 
 
 def _template(folder: Path, tokenizer: Any, contract: Contract) -> Template:

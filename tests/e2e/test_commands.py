@@ -181,7 +181,7 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     assert found.data.tags["contract.sha256"] == whole
     assert found.data.metrics["data/refused/bad-row"] == 1
     assert {file.path for file in client.list_artifacts(result["run_id"])} == {
-        "recipe.yaml", "contract.json", "chat_template.jinja",
+        "recipe.yaml", "contract.json", "chat_template.jinja", "report.html",
     }  # fmt: skip
     assert len(found.inputs.dataset_inputs) == 1
     ledger = [json.loads(line) for line in (tmp_path / "runs/small/ledger.jsonl").read_text().splitlines()]
@@ -222,6 +222,8 @@ def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, c
     assert sorted(line["row"] for line in refused) == [f"{rows}#{i}" for i in range(4, 8)], "each once, not each epoch"
     assert {line["code"] for line in refused} == {"no-assistant"}
     assert not list((tmp_path / "runs/small").glob(".ray"))
+    page = (tmp_path / "runs/small/report.html").read_text()
+    assert "<th>not trained: no-assistant<td>4" in page and "<th>rows of data.train<td>8" in page
 
 
 def test_the_ledger_is_the_same_on_1_2_and_4_workers(cluster, capsys, recipe_file, tmp_path):

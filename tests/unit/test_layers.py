@@ -20,7 +20,7 @@ LAYERS = {
         "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
-    3: {"train.prepare", "train.launch", "sweep.launch", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
+    3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {

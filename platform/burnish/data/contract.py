@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.probes import PROBES
 from burnish.data.template import Template
+from burnish.errors import DataError
 
 _MODES: dict[str, tuple[Any, ...]] = {
     "enable_thinking": (False, True), "thinking": (False, True), "preserve_thinking": (True,), "keep_thinking": (True,),
@@ -110,6 +112,16 @@ class Contract:
         if not isinstance(tree, dict) or not isinstance(tree.get("probes"), list):
             raise ValueError("it has no probes")
         return cls(**{**tree, "probes": [Probe(**probe) for probe in tree["probes"]]})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Contract":
+        """The contract.json of a folder; raises DataError where there is none or it is none."""
+        try:
+            return cls.from_json((folder / "contract.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{folder}: has no contract.json, so nobody knows which template it was trained with") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{folder / 'contract.json'}: is no contract that this version reads: {error}") from None
 
     def sha256(self) -> str:
         """The sha256 of contract.json, by which weights name their contract."""

@@ -21,7 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import order, pipeline
-from burnish.errors import DataError, InfrastructureError, RecipeError, Stopped
+from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
+from burnish.report import report
 from burnish.train import checkpoint
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.cluster import check_resources, connected, role_labels
@@ -91,8 +92,13 @@ def _train(
         except BaseException as error:
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
+    result = _finish(recipe, folder, run_id)
+    try:
+        tracking.add_file(recipe, run_id, report(folder))
+    except BurnishError as error:
+        logger.warning("the report was not written: %s", error)
     tracking.close_run(recipe, run_id, "FINISHED")
-    return _finish(recipe, folder, run_id)
+    return result
 
 
 @contextmanager

@@ -126,11 +126,12 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
     if not _has_trained(folder):
         return
     check_same_recipe(recipe, folder)
-    was = json.loads((folder / "data.json").read_text())
-    if was != digests(prepared):
-        odd = ", ".join(key for key in {**was, **digests(prepared)} if was.get(key) != digests(prepared).get(key))
+    was, now = json.loads((folder / "data.json").read_text()), digests(prepared)
+    was.pop("rows", None)
+    if was != now:
+        odd = ", ".join(key for key in {**was, **now} if was.get(key) != now.get(key))
         raise DataError(f"name: what run {recipe.name!r} reads has changed since it was started ({odd}). Choose a new name")
-    changed = difference(read_contract(folder), prepared.contract)
+    changed = difference(Contract.read(folder), prepared.contract)
     if changed is not None:
         raise DataError(
             f"name: the chat template or tokenizer of run {recipe.name!r} behaves otherwise than at its start: {changed}. "
@@ -138,19 +139,9 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
         )
 
 
-def read_contract(folder: Path) -> Contract:
-    """The contract.json of a folder; raises DataError where there is none or it is none."""
-    try:
-        return Contract.from_json((folder / "contract.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{folder}: has no contract.json, so nobody knows which template it was trained with") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{folder / 'contract.json'}: is no contract that this version reads: {error}") from None
-
-
 def _started_on(folder: Path) -> str | None:
     """The day that the template of a run shows which was started before; None where it shows none."""
-    return read_contract(folder).date if _has_trained(folder) else None
+    return Contract.read(folder).date if _has_trained(folder) else None
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -198,7 +189,8 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
         (folder / "mlflow.json").unlink(missing_ok=True)
         (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
         (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
-        write_json(folder / "data.json", digests(prepared))
+        counted = {"train": prepared.train.num_rows, **({"eval": prepared.eval.num_rows} if prepared.eval else {})}
+        write_json(folder / "data.json", {**digests(prepared), "rows": counted})
         replace_text(folder / "recipe.yaml", prepared.recipe.located().to_yaml())
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error

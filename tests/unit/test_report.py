@@ -1,0 +1,58 @@
+"""A run's report: what its folder holds, at any time of the run, and no text of the data but as text."""
+
+import json
+import re
+
+from burnish.cli import main
+from burnish.data.order import Cursor, StepMeta
+from burnish.train.ledger import Ledger
+from burnish.train.prepare import make_run_folder, prepare, write_run_folder
+
+
+def run_folder(make_recipe, refusals=()):
+    recipe = make_recipe(data={"max_length": 64})
+    folder = recipe.run_folder()
+    make_run_folder(folder)
+    write_run_folder(prepare(recipe), folder)
+    ledger = Ledger.open(folder, 0, 100)
+    for step in range(1, 4):
+        meta = StepMeta(((0, 0, step),), 60, 20, 0.1, Cursor(), tuple(refusals) if step == 2 else (), 4, 1.0)
+        ledger.record(step, meta, 5.0 / step, {"train/loss": 5.0 / step, "data/wait_share": 0.25})
+    ledger.measure(3, {"eval/loss": 1.5, "eval/perplexity": 4.48})
+    return recipe, folder
+
+
+def test_a_report_counts_what_was_trained_and_what_was_not_by_code(make_recipe, capsys):
+    evil = "<script>alert(1)</script>"
+    refusals = [{"row": f"{evil}#{i}", "code": "no-stop", "turn": 1, "message": f"why {i} {evil}"} for i in range(5)]
+    refusals.append({"row": "rows#9", "code": "overlong", "turn": None, "message": "99 tokens"})
+    _, folder = run_folder(make_recipe, refusals)
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and "http" not in page.replace(str(folder.parent.parent), "")
+    assert "<th>not trained: no-stop<td>5" in page and "<th>not trained: overlong<td>1" in page
+    assert page.count("<th>no-stop") == 3 and page.count("why ") == 3 and "99 tokens" in page
+    assert f"<th>rows of data.train<td>{json.loads((folder / 'data.json').read_text())['rows']['train']}" in page
+    assert "<td>3, 93.8% full" in page and "<td>180, of them 60 trained" in page
+    assert "not finished" in page and "<dd>1.6667</dd>" in page and "<dd>4.480</dd>" in page and "25.0%" in page
+    titles = re.findall(r"<figcaption><span>(.*?)</span><b>(.*?)</b>", page)
+    assert titles == [("loss", "1.667"), ("held-out loss", "1.5"), ("share of a step waiting for data", "0.25")]
+    assert json.loads((folder / "contract.json").read_text())["behaviour_sha256"] in page
+
+
+def test_a_folder_that_is_no_run_or_lacks_its_contract_is_named(make_recipe, tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run; name a run folder" in capsys.readouterr().err
+    _, folder = run_folder(make_recipe)
+    (folder / "contract.json").write_text("{}")
+    assert main(["report", str(folder)]) == 3
+    assert "is no contract that this version reads" in capsys.readouterr().err and not (folder / "report.html").exists()
+
+
+def test_a_run_that_trained_nothing_yet_has_a_report(make_recipe):
+    _, folder = run_folder(make_recipe)
+    for name in ("ledger.jsonl", "metrics.jsonl", "refused.jsonl"):
+        (folder / name).unlink()
+    assert main(["report", str(folder)]) == 0
+    assert "<svg" not in (folder / "report.html").read_text()
