@@ -93,6 +93,24 @@ class SourceSpec(Spec):
         return self
 
 
+class FiltersSpec(Spec):
+    """Rows that are left out although they could be trained; `burnish plan` counts them all, named here or not."""
+
+    exact_duplicates: bool = False
+    """Leave out rows that say exactly what an earlier row says."""
+    near_duplicates: float | None = Field(None, ge=0.5, le=1)
+    """Leave out rows that share this part or more of their runs of five words with an earlier row, for example 0.8 (Jaccard
+    similarity, estimated by MinHash)."""
+    min_trained_tokens: int | None = Field(None, ge=1)
+    """Leave out rows with fewer trained tokens, stop tokens among them: empty and very short answers."""
+    min_trained_share: float | None = Field(None, gt=0, lt=1)
+    """Leave out rows of whose tokens a smaller share is trained."""
+    decontaminate: tuple[str, ...] = ()
+    """Evaluation files, in any form that a source may have; rows that share a run of words with them are left out."""
+    decontaminate_words: int = Field(13, ge=5)
+    """Words in such a run."""
+
+
 class DataSpec(Spec):
     """Where conversations come from and what of them is trained."""
 
@@ -109,8 +127,9 @@ class DataSpec(Spec):
     last_turn trains only the turns that share the last one's context."""
     on_overlong: Literal["drop", "truncate_turns"] = "drop"
     """An overlong sample is dropped with its row and counted, or loses whole turns from its start; no answer is ever cut."""
+    filters: FiltersSpec = Field(default_factory=FiltersSpec)
     max_refused: float = Field(0.01, ge=0, le=1)
-    """Largest share of rows that may be refused (overlong rows apart); above it the run fails."""
+    """Largest share of rows that may be refused, overlong and filtered rows apart; above it the run fails."""
     seed: int = Field(0, ge=0)
     """Seed of the order of rows."""
     window_rows: int = Field(4096, ge=1)
@@ -292,6 +311,8 @@ class Recipe(Spec):
             here = source["split"] is None or Path(source["path"]).expanduser().exists()
             if here and "://" not in source["path"]:
                 source["path"] = absolute(source["path"])
+        filters = tree["data"]["filters"]
+        filters["decontaminate"] = [path if "://" in path else absolute(path) for path in filters["decontaminate"]]
         tree["data"]["cache"] = self.cache_folder()
         if self.template.path is not None:
             tree["template"]["path"] = absolute(self.template.path)

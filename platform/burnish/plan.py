@@ -9,12 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from burnish.config import Recipe
-from burnish.data import order, pipeline
+from burnish.data import order, pipeline, quality, survey
 from burnish.data.order import Cursor, StepMeta
+from burnish.data.quality import Finding
 from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
 from burnish.train.prepare import prepare
 
+_EXAMPLES = 3
+"""Rows shown of each reason to leave rows out."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,15 +29,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     prepared = prepare(recipe)
     one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
-    windows = order.train_slices(one_epoch, prepared.train, Cursor())
     codes: Counter[str] = Counter()
     rows = samples = packs = tokens = trained = steps = 0
     balanced = 0.0
     with connected(recipe.scale.num_workers):
-        rendering, rounds = prepared.rendering(), prepared.rounds()
+        rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
+        found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
+        windows = order.train_slices(one_epoch, found.kept(), Cursor())
         stream = pipeline.stream(windows, rendering, rounds, recipe.scale.num_workers, Cursor())
         stream.context.execution_options.preserve_order = True
-        stream.context.execution_options.label_selector = role_labels(recipe, "data")
+        stream.context.execution_options.label_selector = labels
         shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")
         for number, table in enumerate(shares):
             samples += len(table.column("seq_lens").combine_chunks().flatten())
@@ -61,8 +65,30 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "steps": min(total_steps, recipe.train.max_steps or total_steps),
         "tokens_per_step": tokens / max(1, steps),
         "balance": balanced / tokens if tokens else 1.0,
+        "quality": quality_of(found, recipe),
         "memory": memory(recipe),
     }
+
+
+def quality_of(found: survey.Survey, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """For each reason to leave rows out: how many there are, whether the recipe leaves them out, and examples.
+
+    Rows that train too little are counted at the recipe's thresholds, or at those of `quality.PLANNED`.
+    """
+    filters = recipe.data.filters
+    named = {name: value for name, value in filters.model_dump().items() if value is not None}
+    counted = quality.PLANNED.model_copy(update=named)
+    few = quality.too_little(found.tokens, found.trained, counted)
+    own = {row for row, _, _ in quality.too_little(found.tokens, found.trained, filters)}
+    every = [*found.findings, *(Finding(row, code, why, row in own) for row, code, why in few)]
+    result: dict[str, dict[str, Any]] = {}
+    for finding in sorted(every, key=lambda each: each.position):
+        about = result.setdefault(finding.code, {"rows": 0, "left_out": 0, "examples": []})
+        about["rows"] += 1
+        about["left_out"] += finding.dropped
+        if len(about["examples"]) < _EXAMPLES:
+            about["examples"].append(f"{found.name(finding)}: {finding.message}")
+    return result
 
 
 def memory(recipe: Recipe) -> dict[str, int] | None:
@@ -92,9 +118,14 @@ def show(result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     refused = ", ".join(f"{code} {count}" for code, count in result["refused"].items()) or "none"
     usage = result["memory"]
+    odd = [
+        (code.replace("-", " "), f"{about['rows']:,}, {about['left_out']:,} of them left out; {about['examples'][0]}")
+        for code, about in result["quality"].items()
+    ]
     for name, value in (
         ("rows", f"{result['rows']:,}"),
         ("refused", refused),
+        *odd,
         ("samples", f"{result['samples']:,}"),
         ("packs", f"{result['packs']:,} ({result['packing_efficiency']:.1%} full)"),
         ("tokens a step", f"{result['tokens_per_step']:,.0f}"),

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "platform" / "burnish"
 LAYERS = {
     0: {"errors", "complaint", "config", "reference"},
     1: {
-        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.order", "data.packing", "data.probes",
+        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality",
         "data.render", "data.rendered", "data.sources", "data.syntax", "data.template", "train.schedule", "sweep.space",
     },
     2: {
-        "data.pipeline", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
+        "data.pipeline", "data.survey", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
     3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
@@ -27,7 +27,7 @@ DOORS = {
     "deepspeed": {"train.engine"},
     "peft": {"train.model", "chat"},
     "mlflow": {"tracking"},
-    "ray.data": {"data.pipeline", "train.split", "train.cluster"},
+    "ray.data": {"data.pipeline", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
     "transformers": {"train.model", "train.attention", "export", "chat", "plan", "verify"},

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from burnish.config import Recipe
-from burnish.data import sources
+from burnish.data import quality, sources
 from burnish.data.packing import Packs, pack
 from burnish.data.rendered import Rendered
 
@@ -81,16 +81,20 @@ def pack_window(
 ) -> tuple[Packs, list[dict[str, Any]], int]:
     """The packs of a window in their order, its refusals by row name, and its rows: a pure function of its arguments.
 
-    Of a slice whose weight is a fraction, a seeded share of the rows is taken, another one in each epoch.
+    Of a slice whose weight is a fraction, a seeded share of the rows is taken, another one in each epoch. Rows that
+    data.filters leave out are among the refusals.
     """
     ids, trained, lengths, refused = [], [], [], []
     rows = 0
     for part, rendered in parts:
         kept = np.random.default_rng([recipe.data.seed, epoch, part.slice, 1]).random(rendered.num_rows) < part.keep
         rows += int(kept.sum())
-        for each in rendered.refused:
-            if kept[each["row"]]:
-                refused.append({**each, "row": part.row_name(part.first_row + each["row"])})
+        few = quality.too_little(*quality.tokens_of_rows(rendered), recipe.data.filters)
+        why = {row: {"code": code, "turn": None, "message": text} for row, code, text in [*few, *part.dropped]}
+        for row, each in ({each["row"]: each for each in rendered.refused} | why).items():
+            if kept[row]:
+                refused.append({**each, "row": part.row_name(part.first_row + row)})
+        kept[list(why)] = False
         wanted = kept[rendered.rows]
         tokens = np.repeat(wanted, rendered.lengths)
         ids.append(rendered.input_ids if wanted.all() else rendered.input_ids[tokens])

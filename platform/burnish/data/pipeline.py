@@ -120,11 +120,11 @@ def _cut(dataset: ray.data.Dataset, num_rows: int) -> ray.data.Dataset:
     return cut
 
 
-_unpickled: dict[str, Rendering] = {}
-"""The rendering of the stream that this worker process serves: a large tokenizer takes a second to unpickle."""
+_unpickled: dict[str, Any] = {}
 
 
-def _shared(reference: "ray.ObjectRef[bytes]") -> Rendering:
+def unpickled(reference: "ray.ObjectRef[bytes]") -> Any:
+    """What all tasks of a stream share, unpickled once in each worker process: a large tokenizer takes a second."""
     key = str(reference)
     if key not in _unpickled:
         _unpickled.clear()
@@ -134,7 +134,7 @@ def _shared(reference: "ray.ObjectRef[bytes]") -> Rendering:
 
 def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
     """Descriptions of slices to their rendered samples, out of the cache where they are there."""
-    rendering = _shared(shared[0])
+    rendering: Rendering = unpickled(shared[0])
     for item in table.to_pylist():
         rendered = (
             rendered_slice(sources.Slice(**json.loads(item["slice"])), rendering)

@@ -83,8 +83,8 @@ class Rendered:
 class Cache:
     """Rendered slices by the sha256 of all that they depend on, in a folder of any file system.
 
-    A file is the sha256 of what follows it and an Arrow stream. Writers put whole files in place, equal ones under the same
-    name, so that any number of them may write at once; a file whose bytes are not what they were is no entry.
+    A file is the sha256 of what follows it, which for a slice is an Arrow stream. Writers put whole files in place, equal
+    ones under the same name, so that any number of them may write at once; a file that its sha256 does not fit is no entry.
     """
 
     folder: str
@@ -107,25 +107,33 @@ class Cache:
 
     def get(self, digest: str) -> Rendered | None:
         """The slice whose rows have this digest; None where it is not there, torn, damaged or out of reach."""
-        try:
-            system, path = files.filesystem(self._path(digest))
-            with system.open_input_file(path) as file:
-                data = file.read()
-        except (*files.UNREADABLE, FileNotFoundError):
-            return None
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
-            logger.warning("%s is damaged; it is made again", self._path(digest))
-            return None
-        return Rendered.from_table(pa.ipc.open_stream(data[32:]).read_all())
+        payload = self.load(digest)
+        return None if payload is None else Rendered.from_table(pa.ipc.open_stream(payload).read_all())
 
     def put(self, digest: str, rendered: Rendered) -> None:
-        """Keeps a slice; where the folder cannot be written the run goes on without, and says so."""
+        """Keeps a slice."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, _SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
             writer.write_table(rendered.to_table())
-        payload = sink.getvalue().to_pybytes()
+        self.store(digest, sink.getvalue().to_pybytes())
+
+    def load(self, name: str) -> bytes | None:
+        """What was stored under a name; None where it is not there, torn, damaged or out of reach."""
         try:
-            self._write(self._path(digest), hashlib.sha256(payload).digest() + payload)
+            system, path = files.filesystem(self._path(name))
+            with system.open_input_file(path) as file:
+                data: bytes = file.read()
+        except (*files.UNREADABLE, FileNotFoundError):
+            return None
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            logger.warning("%s is damaged; it is made again", self._path(name))
+            return None
+        return data[32:]
+
+    def store(self, name: str, payload: bytes) -> None:
+        """Keeps bytes under a name; where the folder cannot be written the run goes on without, and says so."""
+        try:
+            self._write(self._path(name), hashlib.sha256(payload).digest() + payload)
         except files.UNREADABLE as error:
             logger.warning("data.cache: %s cannot be written (%s); these rows will be rendered again", self.folder, error)
 

@@ -34,7 +34,8 @@ class Slice:
     `slice` numbers the slices of a source list from 0; the same files give the same slices on every machine. `name` is the
     file for people, `path` for reading. `offset` is the byte at which the slice starts in an uncompressed JSONL file, else
     -1. `digest` is the sha256 of what it holds, with which a file that changes under a run is noticed; of a Parquet or Arrow
-    file, whose slices have no bytes of their own, `stamp` notices it.
+    file, whose slices have no bytes of their own, `stamp` notices it. `dropped` are the rows, from 0 on, that data.filters
+    leave out, each with a code and a reason.
     """
 
     slice: int
@@ -46,6 +47,7 @@ class Slice:
     keep: float
     digest: str
     stamp: str = ""
+    dropped: Sequence[tuple[int, str, str]] = ()
 
     def row_name(self, row: int) -> str:
         """How messages and records name a row of the file: ``path#index``."""

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish import tracking
 from burnish.config import Recipe
-from burnish.data import order, pipeline
+from burnish.data import order, pipeline, survey
 from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
 from burnish.report import report
 from burnish.train import checkpoint
@@ -87,8 +87,10 @@ def _train(
         cuda = check_resources(recipe)
         write_run_folder(prepared, folder)
         run_id = _open_tracking(prepared, folder, parent_id)
+        labels, cache = role_labels(recipe, "data"), prepared.rendering().cache
         try:
-            _attempt_until_done(prepared, folder, run_id, cuda, watch, callbacks)
+            kept = survey.drop(recipe, prepared.train, prepared.decontaminate, cache, labels)
+            _attempt_until_done(replace(prepared, train=kept), folder, run_id, cuda, watch, callbacks)
         except BaseException as error:
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from burnish.config import Recipe, differences, load
+from burnish.config import Recipe, SourceSpec, differences, load
 from burnish.data import order, pipeline, sources
 from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
@@ -26,7 +26,7 @@ CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "template.path"}
+FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path"}
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep")
 
@@ -40,6 +40,7 @@ class Prepared:
     contract: Contract
     train: sources.Index
     eval: sources.Index | None
+    decontaminate: sources.Index | None
 
     def rendering(self) -> pipeline.Rendering:
         """What the tasks that render need."""
@@ -56,11 +57,13 @@ def prepare(recipe: Recipe) -> Prepared:
     template = load_template(recipe, _started_on(recipe.run_folder()))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
+    named = [SourceSpec(path=path) for path in recipe.data.filters.decontaminate]
+    evaluation = sources.index(named, recipe.data.window_rows) if named else None
     head = _read_head("data.train", train_index, template, recipe)
     if eval_index is not None:
         _read_head("data.eval", eval_index, template, recipe)
     masks = {"rows": head.rows, "refused": dict(head.codes), "tokens": head.tokens, "trained_tokens": head.trained}
-    return Prepared(recipe, template, Contract.of(template, masks, head.digests), train_index, eval_index)
+    return Prepared(recipe, template, Contract.of(template, masks, head.digests), train_index, eval_index, evaluation)
 
 
 @dataclass
@@ -197,7 +200,8 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
 
 
 def digests(prepared: Prepared) -> dict[str, str]:
-    """What a run reads: sha256 of training rows, held-out rows and the files of a local model, and the order of packs."""
+    """What a run reads: sha256 of training, held-out and evaluation rows and a local model's files; the order of packs."""
     held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
+    held_out |= {"decontaminate": prepared.decontaminate.digest} if prepared.decontaminate else {}
     model = model_digest(prepared.recipe)
     return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {}), "order": order.ORDER}
