@@ -67,7 +67,6 @@ def recipe_of(folder: Path, rows: str = "rows.jsonl", cache: str | None = None, 
             "data": {
                 "train": [{"path": str(folder / rows), "weight": copies}],
                 "max_length": CAPACITY,
-                "window_rows": 2048,
                 "cache": cache,
                 "max_refused": 1.0,
             },
@@ -87,7 +86,7 @@ def streamed(prepared: Prepared, cursor: order.Cursor, until: int | None = None)
     stream = pipeline.stream(windows, prepared.rendering(), prepared.rounds(), 1, cursor)
     (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
     tokens, first, steps = 0, 0.0, 0
-    for batch in batches(shard["train"]):
+    for batch in batches(shard["train"], prepared.recipe.train.global_batch_size):
         first = first or time.perf_counter() - start
         tokens, steps, cursor = tokens + sum(len(ids) for ids, _, _ in batch.packs), steps + 1, batch.meta.cursor
         if steps == until:

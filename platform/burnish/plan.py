@@ -10,7 +10,7 @@ from rich.table import Table
 
 from burnish.config import Recipe
 from burnish.data import order, pipeline, quality, survey
-from burnish.data.order import Cursor, StepMeta
+from burnish.data.order import Cursor
 from burnish.data.quality import Finding
 from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
@@ -40,18 +40,18 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         stream.context.execution_options.preserve_order = True
         stream.context.execution_options.label_selector = labels
         shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")
-        for number, table in enumerate(shares):
-            samples += len(table.column("seq_lens").combine_chunks().flatten())
+        for number, block in enumerate(shares):
+            samples += len(block.column("seq_lens").combine_chunks().flatten())
             if number % recipe.scale.num_workers:
-                continue  # the same step as another worker meets it
-            meta = StepMeta.from_json(table.column("meta")[0].as_py())
-            codes.update(refusal["code"] for refusal in meta.refused)
-            rows += meta.rows
-            packs += len(meta.packs)
-            tokens += meta.tokens
-            trained += meta.trained_tokens
-            steps += bool(meta.packs)
-            balanced += meta.balance * meta.tokens
+                continue  # the same steps as another worker meets them
+            for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // recipe.scale.num_workers):
+                codes.update(refusal["code"] for refusal in meta.refused)
+                rows += meta.rows
+                packs += len(meta.packs)
+                tokens += meta.tokens
+                trained += meta.trained_tokens
+                steps += bool(meta.packs)
+                balanced += meta.balance * meta.tokens
     total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
     return {
         "rows": rows,

@@ -1,4 +1,4 @@
-"""Data nodes that feed training nodes: who runs where, what a killed data node costs, and what a stream keeps in memory."""
+"""Data nodes that feed training nodes: who runs where, and what a killed task, data node or training node costs."""
 
 import json
 import os
@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import conversation, free_ports, write_model, write_rows
@@ -33,18 +35,18 @@ def nodes(ray_folder: None):
             "ray_client_server_port": client,
         }  # fmt: skip
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        added = []
-        for number, role in enumerate(("data", "data", "train", "train")):
+
+        def add(role: str):
             ports = free_ports(2)
-            added.append(
-                cluster.add_node(
-                    num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{number}", object_store_memory=STORE,
-                    dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
-                )
+            return cluster.add_node(
+                num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=STORE,
+                dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
             )  # fmt: skip
+
+        added = [add(role) for role in ("data", "data", "train", "train")]
         cluster.wait_for_nodes()
         write_ray_address(cluster.address, folder)
-        yield cluster, added, f"http://127.0.0.1:{dashboard}"
+        yield cluster, added, add, f"http://127.0.0.1:{dashboard}"
         cluster.shutdown()
 
 
@@ -59,7 +61,7 @@ model: {{path: {folder / "model"}, dtype: float32}}
 lora: null
 data: {{train: [{{path: {path}}}], max_length: 160, window_rows: 32}}
 optim: {{learning_rate: 1e-3, warmup_steps: 2}}
-train: {{global_batch_size: 4, epochs: 2}}
+train: {{global_batch_size: 4, epochs: 3}}
 engine: {{zero_stage: 0}}
 scale: {{num_workers: 2, use_gpu: false}}
 checkpoint: {{every_steps: 5, storage: {folder / "runs"}}}
@@ -97,8 +99,27 @@ def roles_of(dashboard: str, names: tuple[str, ...]) -> dict[str, set[str]]:
     return found
 
 
-def test_data_nodes_feed_training_nodes_and_one_that_is_killed_loses_nothing(nodes, tmp_path):
-    cluster, (first, *_), dashboard = nodes
+def wait_for_step(recipe: Path, name: str, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while len(ledger(recipe, name)) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+
+
+def kill_a_task(name: str, process: subprocess.Popen) -> None:
+    """Kills the process in which a task of this name runs, below the nodes that this test started."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        for each in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if name in " ".join(each.cmdline()):
+                    each.kill()
+                    return
+    raise AssertionError(f"no task {name} ran: {process.stderr.read()}")
+
+
+def test_data_nodes_feed_training_nodes_and_whoever_is_killed_loses_nothing(nodes, tmp_path):
+    cluster, (data, _, train, _), add, dashboard = nodes
     recipe = recipe_of(tmp_path, 96)
     calm = start(recipe, "calm", cluster.address)
     assert calm.wait(DEADLINE_SECONDS) == 0, calm.stderr.read()
@@ -106,11 +127,13 @@ def test_data_nodes_feed_training_nodes_and_one_that_is_killed_loses_nothing(nod
     assert roles_of(dashboard, names) == {**{key: {"data"} for key in names[:3]}, "RayTrainWorker": {"train"}}
 
     killed = start(recipe, "killed", cluster.address)
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while len(ledger(recipe, "killed")) < 3:
-        assert killed.poll() is None and time.monotonic() < deadline, killed.stderr.read()
-        time.sleep(0.02)
-    cluster.remove_node(first, allow_graceful=False)
+    kill_a_task("_slice_task", killed)
+    wait_for_step(recipe, "killed", 3, killed)
+    cluster.remove_node(data, allow_graceful=False)
+    wait_for_step(recipe, "killed", 12, killed)
+    cluster.remove_node(train, allow_graceful=False)
+    add("train")
     assert killed.wait(DEADLINE_SECONDS) == 0, killed.stderr.read()
-    assert len(ledger(recipe, "calm")) > 10
+    assert "a worker was lost" in killed.stderr.read()
+    assert len(ledger(recipe, "calm")) > 20
     assert ledger(recipe, "killed") == ledger(recipe, "calm")

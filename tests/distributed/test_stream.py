@@ -1,5 +1,8 @@
 """The stream on a simulated cluster: the same steps for any number of workers, each row once, resumed at a position."""
 
+import gzip
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -24,8 +27,9 @@ def consume(recipe, workers, cursor=None, round_steps=None):
     rounds = replace(rounds, num_steps=round_steps or rounds.num_steps)
     stream = pipeline.stream(windows, prepared.rendering(), rounds, workers, cursor or Cursor())
     shards = OrderedSplit().configure({"train": stream}, workers, None, None)
+    share = recipe.train.global_batch_size // workers
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda shard: list(batches(shard["train"])), shards))
+        return list(pool.map(lambda shard: list(batches(shard["train"], share)), shards))
 
 
 def steps(received):
@@ -93,6 +97,34 @@ def test_refusals_travel_with_their_window_even_when_it_has_nothing_else(cluster
     assert sorted(refused) == [(f"{path}#{i}", "no-assistant") for i in range(4, 8)]
     assert sum(meta.rows for meta, _ in received) == 8
     assert all(ids for meta, packs in received for ids in packs[: len(meta.packs)] if meta.packs)
+
+
+def test_the_first_step_is_there_before_the_source_is_read_to_its_end(cluster, make_recipe, tmp_path):
+    lines = [json.dumps(conversation(i)) for i in range(200)]
+    (tmp_path / "early.jsonl").write_text("\n".join(lines[:180]))
+    late = tmp_path / "late.jsonl.gz"
+    written = gzip.compress("\n".join(lines[180:]).encode())
+    late.write_bytes(written)
+    train = [{"path": str(tmp_path / "early.jsonl")}, {"path": str(late)}]
+    data = {"train": train, "window_rows": 32, "cache": None}
+    slices = sources.index(make_recipe(data=data).data.train, 32).slices
+    # A seed whose last window ends with the compressed file, which is one slice.
+    seed = next(seed for seed in range(10_000) if sources.windows(slices, 32, seed, 0)[-1][-1] == len(slices) - 1)
+    recipe = make_recipe(data={**data, "seed": seed})
+    prepared = prepare(recipe)
+    windows = order.train_slices(recipe, prepared.train, Cursor())
+    assert windows[-1][-1][1].path == str(late)
+    late.unlink()
+    os.mkfifo(late)  # whoever reads it waits until somebody writes
+    rounds = replace(prepared.rounds(), num_steps=2)
+    stream = pipeline.stream(windows, prepared.rendering(), rounds, 1, Cursor())
+    (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
+    received = batches(shard["train"], recipe.train.global_batch_size)
+    tokens = next(received).meta.tokens
+    late.write_bytes(written)
+    tokens += sum(batch.meta.tokens for batch in received)
+    rendered = [pipeline.render_slice(part, prepared.template, recipe) for window in windows[:-1] for _, part in window]
+    assert tokens > sum(len(each.input_ids) for each in rendered)
 
 
 def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster, make_recipe, tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.data import TaskPoolStrategy
 
 from burnish.config import Recipe
@@ -31,9 +30,12 @@ SCHEMA = pa.schema(
     ]
 )
 """One row a pack. `meta` is JSON: of the pack before steps are cut, of the whole step after."""
-_LIGHT_CPUS, _LIGHT_TASKS = 0, 8
+_LIGHT_CPUS, _LIGHT_TASKS = 0, 2
 """CPUs and concurrent tasks of packing windows and cutting rounds. They take a fraction of a second beside a minute of
 rendering, but Ray Data deals CPUs to all operators alike, as long as they do not say that they need none."""
+
+_TASK_SLICES = 2
+"""Slices that one task renders: between two tasks a CPU waits for Ray."""
 
 
 def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
@@ -83,31 +85,40 @@ class Rounds:
 def stream(
     windows: list[list[tuple[Place, sources.Slice]]], rendering: Rendering, rounds: Rounds, num_workers: int, start: Cursor
 ) -> ray.data.Dataset:
-    """The lazy graph from slices to worker shares: blocks of G / `num_workers` packs, in global order from `start` on.
+    """The lazy graph from slices to worker shares, in global order from `start` on; `steps_of` takes a block apart.
 
-    Block b belongs to worker b % `num_workers`; the first pack of each block carries its step's `StepMeta`.
+    Each round of N steps is a block for each worker, of N * G / `num_workers` rows: block b belongs to worker
+    b % `num_workers`. A block for each step would cost Ray more than rendering costs us.
     """
     recipe = rendering.recipe
     assert windows and recipe.train.global_batch_size % num_workers == 0
     shared = ray.put(pickle.dumps(rendering))
     light: dict[str, Any] = {"num_cpus": _LIGHT_CPUS, "compute": TaskPoolStrategy(_LIGHT_TASKS), "batch_format": "pyarrow"}
     size = recipe.train.global_batch_size
-    # A block must be a window, so each has as many slices as the largest, some of them empty.
-    longest = max(map(len, windows))
+    # A block must be a window, so each has as many slices as the largest, some of them empty, and whole tasks.
+    longest = -(-max(map(len, windows)) // _TASK_SLICES) * _TASK_SLICES
     items = [
         {"place": json.dumps(asdict(window[0][0])), "slice": json.dumps(window[i][1].to_json()) if i < len(window) else ""}
         for window in windows
         for i in range(longest)
     ]
     round_packs = size * rounds.num_steps
-    rendered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    rendered = ray.data.from_items(items, override_num_blocks=len(items) // _TASK_SLICES).map_batches(
         _slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]}
     )
-    # Each block is one slice, so that a batch of as many is exactly a window.
+    # Tasks end where windows end, so that a batch of `longest` slices is exactly a window.
     packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs={"recipe": recipe, "slices": longest}, **light)
     arguments = {"rounds": rounds, "num_workers": num_workers, "start": start}
     cut = _cut(packed, round_packs).map_batches(_round_task, batch_size=round_packs, fn_kwargs=arguments, **light)
-    return _cut(cut, size // num_workers)
+    return _cut(cut, round_packs // num_workers)
+
+
+def steps_of(block: pa.Table, share: int) -> Iterator[tuple[StepMeta, pa.Table]]:
+    """The steps of a worker's block in order: the meta of the whole step, and the worker's `share` packs of it."""
+    texts = block.column("meta").to_pylist()
+    for first in range(0, block.num_rows, share):
+        if texts[first]:  # behind the last step of a round, rows without a meta fill the block
+            yield StepMeta.from_json(texts[first]), block.slice(first, share)
 
 
 def _cut(dataset: ray.data.Dataset, num_rows: int) -> ray.data.Dataset:
@@ -189,9 +200,10 @@ def _window_task(table: pa.Table, recipe: Recipe, slices: int) -> pa.Table:
 
 
 def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor) -> pa.Table:
-    """The packs of a round, cut into steps and dealt to the workers; each share's first pack has its step's meta.
+    """The packs of a round, cut into steps and dealt to the workers: all steps of the first worker, then of the next.
 
-    Of the round at which the stream starts, the steps that `start` says were taken are left out.
+    The first pack of each worker's share of a step has the meta of the step. Of the round at which the stream starts, the
+    steps that `start` says were taken are left out. Every round is filled up to as many rows, with packs that no step has.
     """
     size = rounds.recipe.train.global_batch_size
     metas = [json.loads(text) for text in table.column("meta").to_pylist()]
@@ -205,8 +217,9 @@ def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor
     rng = np.random.default_rng([rounds.recipe.data.seed, epoch, position, index])
     cut = balance.steps(costs, np.array([meta["pack"][0] for meta in metas]), size, rng)
     first = start.taken if (epoch, position, index) == (start.epoch, start.position, start.index) else 0
-    order: list[NDArray[np.intp]] = []
-    texts: list[str] = []
+    share = size // num_workers
+    order = np.full((num_workers, rounds.num_steps, share), table.num_rows)
+    texts = np.full(order.shape, "", object)
     dealt = balance.deal(size, num_workers)
     for number in range(first, len(cut)):
         step = cut[number]
@@ -223,10 +236,10 @@ def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor
             rows=sum(meta["rows"] for meta in metas) if number == 0 else 0,
             balance=mean / largest if largest else 1.0,
         )
-        order.append(filled[dealt])
-        texts += [json.dumps(asdict(meta)) if place % (size // num_workers) == 0 else "" for place in range(size)]
-    rows = pa.concat_tables([table, _empty([""])]).take(pa.array(np.concatenate(order)))
-    return rows.set_column(rows.schema.get_field_index("meta"), "meta", pa.array(texts, pa.string()))
+        order[:, number - first] = filled[dealt].reshape(num_workers, share)
+        texts[:, number - first, 0] = json.dumps(asdict(meta))
+    rows = pa.concat_tables([table, _empty([""])]).take(pa.array(order.ravel()))
+    return rows.set_column(rows.schema.get_field_index("meta"), "meta", pa.array(texts.ravel(), pa.string()))
 
 
 def _start_of(meta: dict[str, Any]) -> dict[str, int]:

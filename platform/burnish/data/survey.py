@@ -74,7 +74,9 @@ def drop(
     filters = recipe.data.filters
     if not (filters.exact_duplicates or filters.near_duplicates or filters.decontaminate):
         return index
-    about = [filters.model_dump(mode="json"), index.digest, evaluation.digest if evaluation else ""]
+    # What is dropped is kept by path, and its reasons name files.
+    places = [[part.path, part.first_row] for part in index.slices]
+    about = [filters.model_dump(mode="json"), index.digest, evaluation.digest if evaluation else "", places]
     name = f"filters {hashlib.sha256(json.dumps(about).encode()).hexdigest()}"
     known = cache.load(name) if cache else None
     if known is not None:
@@ -154,5 +156,6 @@ def _read_marks(table: pa.Table) -> Iterator[Marks | None]:
 
 
 def _without(index: sources.Index, dropped: dict[tuple[str, int], Any]) -> sources.Index:
-    parts = (replace(part, dropped=dropped.get((part.path, part.first_row), ())) for part in index.slices)
+    found = {place: tuple((row, code, why) for row, code, why in rows) for place, rows in dropped.items()}
+    parts = (replace(part, dropped=found.get((part.path, part.first_row), ())) for part in index.slices)
     return replace(index, slices=tuple(parts))

@@ -10,12 +10,12 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from burnish.data import pipeline
 from burnish.data.order import StepMeta
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
@@ -42,9 +42,10 @@ def train_loop(config: dict[str, Any]) -> None:
     attempt: Attempt = config["attempt"]
     recipe = attempt.recipe
     num_workers = dist.get_world_size()
+    share = recipe.train.global_batch_size // num_workers
     # The data tasks start while the model loads.
     with ThreadPoolExecutor(1) as pool:
-        stream = batches(ray.train.get_dataset_shard("train")) if attempt.remains else iter(())
+        stream = batches(ray.train.get_dataset_shard("train"), share) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
         engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
     if attempt.resume is not None:
@@ -134,7 +135,8 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
     engine.eval()
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
-        for batch in batches(ray.train.get_dataset_shard("eval")):
+        share = attempt.recipe.train.global_batch_size // dist.get_world_size()
+        for batch in batches(ray.train.get_dataset_shard("eval"), share):
             for input_ids, labels, seq_lens in batch.packs:
                 shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
@@ -169,21 +171,20 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def batches(shard: Any) -> Iterator[Batch]:
-    """This worker's steps in order: each block of its stream is its share of one step."""
-    share = None
-    iterator = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))
-    while True:
-        started = time.monotonic()
-        table: pa.Table | None = next(iterator, None)
-        if table is None:
-            return
-        share = share or table.num_rows
-        assert table.num_rows == share, f"a block of {table.num_rows} packs is no share of a step of {share}"
-        columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels", "seq_lens")]
-        packs = [(_row(columns[0], i), _row(columns[1], i), _row(columns[2], i)) for i in range(share)]
-        meta = StepMeta.from_json(table.column("meta")[0].as_py())
-        yield Batch(packs, meta, time.monotonic() - started)
+def batches(shard: Any, share: int) -> Iterator[Batch]:
+    """This worker's steps in order, `share` packs each; a block of its stream is its part of a round of steps."""
+    rows = None
+    # With blocks to prefetch, Ray gives the first one only when it has the others; a round lasts many steps.
+    iterator = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    started = time.monotonic()
+    while (block := next(iterator, None)) is not None:
+        rows = rows or block.num_rows
+        assert block.num_rows == rows and rows % share == 0, f"a block of {block.num_rows} packs is no part of a round"
+        for meta, table in pipeline.steps_of(block, share):
+            columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels", "seq_lens")]
+            packs = [(_row(columns[0], i), _row(columns[1], i), _row(columns[2], i)) for i in range(share)]
+            yield Batch(packs, meta, time.monotonic() - started)
+            started = time.monotonic()
 
 
 def _row(column: Any, i: int) -> NDArray[np.int32]:

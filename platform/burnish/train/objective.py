@@ -28,15 +28,15 @@ def loss_sum(
     predictors = np.flatnonzero(targets != IGNORE_INDEX)
     if len(predictors) == 0:
         predictors = np.zeros(1, np.int64)
-    kept = torch.from_numpy(predictors).to(device)
+    kept = _moved(predictors, device)
     output: Any = model(input_ids=_row(input_ids, device), logits_to_keep=kept, **packed_inputs(seq_lens, device))
-    wanted = torch.from_numpy(targets[predictors].astype(np.int64)).to(device)
+    wanted = _moved(targets[predictors], device).long()
     return F.cross_entropy(output.logits[0].float(), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def packed_inputs(seq_lens: NDArray[np.int32], device: torch.device) -> dict[str, Any]:
     """What the packed attention kernel and the rotary embedding need: positions that restart, and sample borders."""
-    borders = torch.from_numpy(np.append(0, np.cumsum(seq_lens)).astype(np.int32)).to(device)
+    borders = _moved(np.append(0, np.cumsum(seq_lens)).astype(np.int32), device)
     longest = int(seq_lens.max())
     return {
         "position_ids": _row(position_ids(seq_lens), device),
@@ -49,5 +49,13 @@ def packed_inputs(seq_lens: NDArray[np.int32], device: torch.device) -> dict[str
 
 
 def _row(values: NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    """One int64 row [1, n] on the device."""
-    return torch.from_numpy(values.astype(np.int64)).unsqueeze(0).to(device)
+    """One int64 row [1, n] on the device, widened there."""
+    return _moved(values, device).long().unsqueeze(0)
+
+
+def _moved(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on the device; from pinned memory, so that a GPU copies it beside the kernels that run."""
+    if device.type == "cuda":
+        return torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
+    # What Arrow holds may not be written, which a tensor cannot promise.
+    return torch.from_numpy(np.array(values))
