@@ -3,6 +3,8 @@
 import json
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
@@ -103,6 +105,25 @@ def test_plan_counts_what_is_not_named_and_train_leaves_out_what_is(cluster, mak
     assert sum(line["tokens"] for line in ledger) == plan["total_tokens"]
     page = (run / "report.html").read_text()
     assert "<th>not trained: contaminated<td>1" in page and "says exactly what" in page
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_file_that_breaks_off_in_the_middle_is_named_without_rays_traceback(
+    cluster, make_recipe, tmp_path, capsys, command
+):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.Table.from_pylist([conversation(i) for i in range(1200)]), path, row_group_size=600, compression="none"
+    )
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[start : start + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(data={"train": [{"path": str(path)}], "filters": {"exact_duplicates": True}}).to_yaml())
+    assert main([command, str(recipe)]) == 3
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and f"burnish {command}: {path}: cannot be read" in shown
 
 
 def test_an_evaluation_that_changed_is_another_run(cluster, make_recipe, rows):

@@ -9,7 +9,7 @@ import ray
 import ray.data
 
 from burnish.config import Recipe
-from burnish.errors import InfrastructureError, RecipeError
+from burnish.errors import BurnishError, InfrastructureError, RecipeError
 
 DATA_CPUS = 2
 """Logical CPUs that an embedded Ray has beyond those of the training workers, for data tasks."""
@@ -23,8 +23,21 @@ def connected(num_workers: int, dashboard: bool = False) -> Iterator[None]:
 
     A sweep needs the `dashboard`: through it Ray frees the places of a trial that was ended early.
     An own one has logical CPUs enough for the workers and for data tasks, whatever cores there are.
-    Raises InfrastructureError where the cluster of RAY_ADDRESS cannot be reached.
+    Raises InfrastructureError where the cluster of RAY_ADDRESS cannot be reached. An error of burnish that was raised in a
+    data task leaves the block as itself, without Ray's traceback around it.
     """
+    try:
+        with _joined(num_workers, dashboard):
+            yield
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, BurnishError):
+            raise
+        # Ray Data writes advice on its own retries behind the message.
+        raise type(error.cause)(str(error.cause).partition("\nFailed to apply UDF")[0]) from None
+
+
+@contextmanager
+def _joined(num_workers: int, dashboard: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
