@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,8 @@ def drop(
         return index
     # What is dropped is kept by path, and its reasons name files.
     places = [[part.path, part.first_row] for part in index.slices]
-    about = [filters.model_dump(mode="json"), index.digest, evaluation.digest if evaluation else "", places]
+    held_out = evaluation.digest if evaluation else ""
+    about = [filters.model_dump(mode="json"), index.digest, held_out, places, version("datasketch")]
     name = f"filters {hashlib.sha256(json.dumps(about).encode()).hexdigest()}"
     known = cache.load(name) if cache else None
     if known is not None:

@@ -30,6 +30,7 @@ from burnish.train.failure import decide, last_line
 from burnish.train.ledger import lines
 from burnish.train.prepare import (
     Prepared,
+    check_same_filters,
     check_same_run,
     digests,
     make_run_folder,
@@ -90,6 +91,7 @@ def _train(
         labels, cache = role_labels(recipe, "data"), prepared.rendering().cache
         try:
             kept = survey.drop(recipe, prepared.train, prepared.decontaminate, cache, labels)
+            check_same_filters(kept, folder)
             _attempt_until_done(replace(prepared, train=kept), folder, run_id, cuda, watch, callbacks)
         except BaseException as error:
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")

@@ -13,7 +13,7 @@ from burnish.data import pipeline
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
 from burnish.train.model import with_adapters
-from burnish.train.prepare import check_same_run, make_run_folder, prepare, write_run_folder
+from burnish.train.prepare import check_same_filters, check_same_run, make_run_folder, prepare, write_run_folder
 from tests.conftest import CHATML, conversation, write_model, write_rows
 
 
@@ -45,6 +45,20 @@ def test_a_recipe_that_trains_otherwise_is_refused(started, change):
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update=change)})
     with pytest.raises(RecipeError, match=f"another recipe .data.{next(iter(change))}: "):
         check_same_run(prepare(other), folder)
+
+
+def test_filters_that_leave_out_other_rows_when_a_run_goes_on_are_refused(started):
+    recipe, folder = started
+    index = prepare(recipe).train
+    first = replace(index.slices[0], dropped=((1, "near-duplicate", "says what a says"),))
+    found = replace(index, slices=(first, *index.slices[1:]))
+    check_same_filters(found, folder)
+    reworded = replace(first, dropped=((1, "near-duplicate", "says what b says"),))
+    check_same_filters(replace(index, slices=(reworded, *index.slices[1:])), folder)
+    with pytest.raises(DataError, match="leave out other rows than at the start"):
+        check_same_filters(index, folder)
+    (folder / "checkpoints" / "step-00000002").rmdir()
+    check_same_filters(index, folder)  # what has not trained yet may still change
 
 
 def test_a_model_that_moved_goes_on_and_one_that_changed_does_not(started, tmp_path):
