@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import ray
 
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
@@ -139,3 +141,33 @@ def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster,
     received = steps(consume(recipe, 2))
     assert sum(meta.rows for meta, _ in received) == epochs[0][2] + epochs[2][2]
     assert received == steps(consume(recipe, 1))
+
+
+def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(cluster, make_recipe):
+    # Defined here, so that its process imports nothing before it runs.
+    class Process:
+        def load_twice(self, shared):
+            """What unpickling raises where an interrupt comes in the midst of an import, and what it gives the next time."""
+            import _thread
+            import sys
+
+            assert "transformers" not in sys.modules
+
+            class Interrupt:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "torch.functional":
+                        _thread.interrupt_main()  # as Ray does to cancel a task
+
+            sys.meta_path.insert(0, Interrupt())
+            try:
+                pipeline.unpickled(shared[0])
+                raised = None
+            except KeyboardInterrupt as error:
+                raised = type(error)
+            sys.meta_path.pop(0)
+            return raised, type(pipeline.unpickled(shared[0]))
+
+    shared = ray.put(pickle.dumps(prepare(make_recipe()).rendering()))
+    # An actor has a process of its own, and runs its methods where a task runs, on the main thread.
+    raised, loaded = ray.get(ray.remote(Process).remote().load_twice.remote([shared]))
+    assert raised is KeyboardInterrupt and loaded is pipeline.Rendering

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,9 +141,31 @@ def unpickled(reference: "ray.ObjectRef[bytes]") -> Any:
     """What all tasks of a stream share, unpickled once in each worker process: a large tokenizer takes a second."""
     key = str(reference)
     if key not in _unpickled:
+        payload = ray.get(reference)
         _unpickled.clear()
-        _unpickled[key] = pickle.loads(ray.get(reference))
+        with _uninterrupted():
+            _unpickled[key] = pickle.loads(payload)
     return _unpickled[key]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets a task that is cancelled end behind the block instead of within.
+
+    Ray cancels a task by an interrupt of its process, and gives the process to the next task. An import of torch that was
+    broken off cannot be repeated in the same process, so every later task there would fail.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no interrupt arrives
+        yield
+        return
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:

@@ -17,6 +17,28 @@ def test_a_lost_worker_means_another_attempt(failures):
     assert decide(WorkerGroupError("message", failures)) is None
 
 
+def of_task(cause: Exception) -> Exception:
+    """What `ray.get` raises for a task that raised `cause`."""
+    error = ray.exceptions.RayTaskError("_slice_task", "Traceback ...", cause)
+    return error.as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("failures", "again"),
+    [
+        ({0: of_task(ModuleNotFoundError("no torch"))}, False),
+        ({0: of_task(ModuleNotFoundError("no torch")), 1: ECHO}, False),
+        ({0: of_task(ModuleNotFoundError("no torch")), 1: LOST}, True),
+        ({0: of_task(ray.exceptions.ObjectLostError("ref", None, ""))}, True),
+        ({0: of_task(ECHO)}, True),
+    ],
+)
+def test_what_a_data_task_raised_by_itself_would_come_again(failures, again):
+    reason = decide(WorkerGroupError("message", failures))
+    assert (reason is None) is again
+    assert again or (type(reason) is DataError and str(reason) == "a data task failed: ModuleNotFoundError: no torch")
+
+
 @pytest.mark.parametrize(
     ("failures", "kind", "words"),
     [
