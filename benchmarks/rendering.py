@@ -40,7 +40,7 @@ from trl import SFTConfig, SFTTrainer
 
 from burnish.data.conversation import Conversation
 from burnish.data.render import render
-from burnish.train.model import dated
+from burnish.data.tokenizer import dated
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

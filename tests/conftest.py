@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
+import psutil
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -162,6 +164,16 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def processes_below(pid: int, name: str) -> list[psutil.Process]:
+    """The processes below one of our own, with a name in their command line; no other run on this machine is touched."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it may have ended meanwhile
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,3 +46,8 @@ class Stopped(BurnishError):
     """Training stopped on request after a checkpoint; the same command goes on from it."""
 
     exit_code = 75
+
+
+def one_line(error: BaseException) -> str:
+    """The first 300 characters of an error's text, as one line of a message."""
+    return " ".join(str(error).split())[:300]

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from burnish.config import Recipe, load
 from burnish.data.contract import Contract, difference
+from burnish.data.tokenizer import load_template
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
-from burnish.train.model import load_template, model_digest, with_adapters
+from burnish.train.model import model_digest, with_adapters
 
 
 @dataclass(frozen=True)

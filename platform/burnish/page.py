@@ -9,10 +9,11 @@ from burnish import html
 from burnish.config import Recipe
 from burnish.data.packing import Sample
 from burnish.data.template import Template
+from burnish.data.tokenizer import load_template
 from burnish.errors import RecipeError
 from burnish.preview import PreviewRow, rows
 from burnish.train.ledger import replace_text
-from burnish.train.model import check_model, load_template
+from burnish.train.model import check_model
 
 _SCRIPT = """
 const tip=document.getElementById('tip');

@@ -16,7 +16,8 @@ from burnish.data.conversation import Refused
 from burnish.data.packing import Sample
 from burnish.data.pipeline import render_row
 from burnish.data.template import Template
-from burnish.train.model import check_model, load_template
+from burnish.data.tokenizer import load_template
+from burnish.train.model import check_model
 
 
 @dataclass(frozen=True)

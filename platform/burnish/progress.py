@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ class ProgressLine:
         self._printed = time.monotonic()
         self._shown = ""
         self._announced = False
-        self._offset = 0
+        self._file, self._offset = 0, 0
         self._newest: dict[str, float] = {}
         self._first: tuple[int, float, float] | None = None
 
@@ -93,17 +94,20 @@ class ProgressLine:
     def _read(self, path: Path) -> dict[str, float]:
         """The newest value of every metric; only what was written since the last look is read."""
         try:
-            with open(path) as file:
-                if os.fstat(file.fileno()).st_size < self._offset:  # an attempt began and rewrote the file
-                    self._offset = 0
+            with open(path, "rb") as file:
+                state = os.fstat(file.fileno())
+                # An attempt began with a new file, which may be longer by now than what was read of the old one.
+                if state.st_ino != self._file or state.st_size < self._offset:
+                    self._file, self._offset = state.st_ino, 0
                 file.seek(self._offset)
-                text = file.read()
+                data = file.read()
         except OSError:
             return self._newest
-        complete, newline, _ = text.rpartition("\n")
-        self._offset += len((complete + newline).encode())
+        complete, newline, _ = data.rpartition(b"\n")
+        self._offset += len(complete + newline)
         for line in complete.splitlines():
-            self._newest |= json.loads(line)
+            with suppress(ValueError):  # a display ends no run
+                self._newest |= json.loads(line)
         return self._newest
 
     def _print(self, text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import Recipe, leaves
+from burnish.errors import one_line
 
 # An outage must cost seconds, not the minutes of MLflow's default retries.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -37,7 +38,7 @@ def forgiving(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, ImportError, ValueError) as error:
-        logger.warning("MLflow: %s failed, training goes on without it: %s", what, " ".join(str(error).split())[:300])
+        logger.warning("MLflow: %s failed, training goes on without it: %s", what, one_line(error))
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)

@@ -13,9 +13,9 @@ from burnish.complaint import nearest
 from burnish.data.contract import Contract, Probe, difference
 from burnish.data.probes import PROBES
 from burnish.data.template import Template
+from burnish.data.tokenizer import dated
 from burnish.errors import DataError, RecipeError
 from burnish.serving import Prompt, Server
-from burnish.train.model import dated
 
 _REMEDY = (
     "Give the server this folder's tokenizer and chat_template.jinja. A probe of something that it cannot express and you "

@@ -1,18 +1,16 @@
 """Data nodes that feed training nodes: who runs where, and what a killed task, data node or training node costs."""
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.conftest import conversation, free_ports, write_model, write_rows
+from burnish.train.ledger import lines
+from tests.conftest import conversation, free_ports, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -78,8 +76,7 @@ def start(recipe: Path, name: str, address: str | None) -> subprocess.Popen:
 
 
 def ledger(recipe: Path, name: str) -> list:
-    path = recipe.parent / "runs" / name / "ledger.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(lines(recipe.parent / "runs" / name / "ledger.jsonl"))
 
 
 def roles_of(dashboard: str, names: tuple[str, ...]) -> dict[str, set[str]]:
@@ -110,11 +107,9 @@ def kill_a_task(name: str, process: subprocess.Popen) -> None:
     """Kills the process in which a task of this name runs, below the nodes that this test started."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        for each in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if name in " ".join(each.cmdline()):
-                    each.kill()
-                    return
+        for each in processes_below(os.getpid(), name):
+            each.kill()
+            return
     raise AssertionError(f"no task {name} ran: {process.stderr.read()}")
 
 

@@ -6,14 +6,15 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import ray
 
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
+from burnish.data.tokenizer import load_template
 from burnish.train.loop import batches
-from burnish.train.model import load_template
 from burnish.train.prepare import prepare
 from burnish.train.split import OrderedSplit
 from tests.conftest import conversation, write_rows
@@ -143,7 +144,7 @@ def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster,
     assert received == steps(consume(recipe, 1))
 
 
-def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(cluster, make_recipe):
+def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(cluster):
     # Defined here, so that its process imports nothing before it runs.
     class Process:
         def load_twice(self, shared):
@@ -151,7 +152,7 @@ def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(c
             import _thread
             import sys
 
-            assert "transformers" not in sys.modules
+            assert "torch" not in sys.modules
 
             class Interrupt:
                 def find_spec(self, name, path=None, target=None):
@@ -165,9 +166,27 @@ def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(c
             except KeyboardInterrupt as error:
                 raised = type(error)
             sys.meta_path.pop(0)
-            return raised, type(pipeline.unpickled(shared[0]))
+            return raised, pipeline.unpickled(shared[0]).tensor([1]).tolist()
 
-    shared = ray.put(pickle.dumps(prepare(make_recipe()).rendering()))
+    class Torch:
+        def __reduce__(self):
+            return import_module, ("torch",)
+
     # An actor has a process of its own, and runs its methods where a task runs, on the main thread.
-    raised, loaded = ray.get(ray.remote(Process).remote().load_twice.remote([shared]))
-    assert raised is KeyboardInterrupt and loaded is pipeline.Rendering
+    raised, tensor = ray.get(ray.remote(Process).remote().load_twice.remote([ray.put(pickle.dumps(Torch()))]))
+    assert raised is KeyboardInterrupt and tensor == [1]
+
+
+def test_a_data_task_needs_no_torch(cluster, make_recipe):
+    class Process:
+        def render(self, shared, part):
+            import sys
+
+            rendering = pipeline.unpickled(shared[0])
+            rendered = pipeline.render_slice(part, rendering.template, rendering.recipe)
+            return len(rendered.lengths), {"torch", "mlflow", "deepspeed"} & set(sys.modules)
+
+    prepared = prepare(make_recipe())
+    shared = ray.put(pickle.dumps(prepared.rendering()))
+    samples, heavy = ray.get(ray.remote(Process).remote().render.remote([shared], prepared.train.slices[0]))
+    assert samples and not heavy, "torch takes two seconds and 300 MB in each of a node's data processes"

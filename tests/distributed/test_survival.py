@@ -8,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import conversation, write_model, write_rows
+from tests.conftest import conversation, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -86,8 +85,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_repeated(world):
     recipe, ledger, weights = world
     process = start(recipe, "worker-killed")
     wait_for_step(recipe, "worker-killed", 10, process)
-    # Only below our own process: no other run on this machine is touched.
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers = processes_below(process.pid, "RayTrainWorker")
     assert len(workers) == 2
     workers[1].kill()
     assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()

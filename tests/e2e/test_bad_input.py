@@ -7,7 +7,7 @@ import pytest
 
 from burnish.cli import main
 from burnish.data.contract import Contract
-from burnish.train.model import load_template
+from burnish.data.tokenizer import load_template
 from burnish.train.prepare import write_run_folder
 from tests.conftest import conversation, write_model, write_rows
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from burnish.cli import main
 from burnish.config import parse
 from burnish.data.contract import Contract
-from burnish.train.model import load_template
+from burnish.data.tokenizer import load_template
 from tests.conftest import free_ports, write_model
 from tests.judge import PUBLISHED
 

@@ -17,7 +17,7 @@ LAYERS = {
         "data.render", "data.rendered", "data.sources", "data.syntax", "data.template", "train.schedule", "sweep.space",
     },
     2: {
-        "data.pipeline", "data.survey", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
+        "data.pipeline", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
     3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
@@ -30,7 +30,7 @@ DOORS = {
     "ray.data": {"data.pipeline", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
-    "transformers": {"train.model", "train.attention", "export", "chat", "plan", "verify"},
+    "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
 ray.train: `split` and `failure` know its types. peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""

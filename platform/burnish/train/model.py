@@ -1,22 +1,16 @@
-"""The model of a recipe: its folder checked, its tokenizer and template, its weights with or without adapters."""
+"""The model of a recipe: its folder checked, its cost, its weights with or without adapters."""
 
-import datetime
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template, _plain_template_data
+from transformers import AutoConfig
 
 from burnish.config import LoraSpec, Recipe
-from burnish.data import syntax
 from burnish.data.balance import Cost
-from burnish.data.contract import renders
-from burnish.data.template import Template
-from burnish.errors import DataError, RecipeError
+from burnish.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -104,56 +98,6 @@ def model_digest(recipe: Recipe) -> str | None:
     return digest.hexdigest()
 
 
-class _Direct:
-    """A tokenizer that renders templates without the copies by which transformers shields itself from its callers.
-
-    What burnish renders is plain JSON already. A template that reads the clock (`strftime_now`) sees a fixed day, if there
-    is one; through transformers it cannot.
-    """
-
-    def __init__(self, tokenizer: Any, date: datetime.date | None) -> None:
-        self._tokenizer, self._special = tokenizer, dict(tokenizer.special_tokens_map)
-        self._clock = {"strftime_now": date.strftime} if date else {}
-
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> str:
-        """The text that the tokenizer's own method gives for `tokenize=False`."""
-        given = {name: kwargs.pop(name) for name in ("tools", "add_generation_prompt")}
-        assert not kwargs.pop("tokenize")
-        compiled = _compile_jinja_template(kwargs.pop("chat_template"))
-        shown = {"messages": _alias_reasoning_fields(conversation), "documents": None, **given, **self._clock}
-        return str(compiled.render(**shown, **{**self._special, **_plain_template_data(kwargs)}))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)  # pickle asks before there is a tokenizer to ask
-        return getattr(self._tokenizer, name)
-
-
-def load_template(recipe: Recipe, date: str | None = None) -> Template:
-    """The tokenizer with the resolved chat template and stop tokens that serving will use.
-
-    `date` is the day (ISO) of a run that was started before, shown where the template reads the clock.
-    Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(_place(recipe), revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {_line(error)}") from None
-    fixed = recipe.template.date.isoformat() if recipe.template.date else date
-    return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
-
-
-def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: frozenset[int], date: str | None) -> Template:
-    """A template that shows the day `date` (ISO), else today, where it reads the clock. Raises what Template raises."""
-    # Generation configurations may name ids of a padded vocabulary, which no text has.
-    stop_ids = frozenset(i for i in stop_ids if tokenizer.convert_ids_to_tokens(i) is not None)
-    if syntax.parse(source).reads_clock:
-        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-        return Template(_Direct(tokenizer, day), source, kwargs, stop_ids, day.isoformat())
-    plain, direct = (Template(each, source, kwargs, stop_ids) for each in (tokenizer, _Direct(tokenizer, None)))
-    return direct if list(renders(direct)) == list(renders(plain)) else plain
-
-
 def pack_cost(recipe: Recipe) -> Cost:
     """The time of a pack for this model, in floating-point operations of the forward and backward pass.
 
@@ -193,7 +137,7 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
     kernel = attention.register(recipe.model.attention, cuda, half=recipe.model.dtype != "float32")
     dtype: torch.dtype = getattr(torch, recipe.model.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        _place(recipe), revision=recipe.model.revision, dtype=dtype, attn_implementation=kernel
+        recipe.located().model.path, revision=recipe.model.revision, dtype=dtype, attn_implementation=kernel
     )
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
@@ -229,55 +173,11 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
     try:
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise RecipeError(f"lora.target_modules: {_line(error)}") from None
-
-
-def _place(recipe: Recipe) -> str:
-    return recipe.located().model.path
+        raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
 
 
 def _configuration(recipe: Recipe) -> Any:
     try:
-        return AutoConfig.from_pretrained(_place(recipe), revision=recipe.model.revision)
+        return AutoConfig.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.path: {recipe.model.path} cannot be loaded: {_line(error)}") from None
-
-
-def _source(recipe: Recipe, tokenizer: Any) -> str:
-    """Jinja text of the chat template in force."""
-    if recipe.template.path is not None:
-        try:
-            return Path(recipe.template.path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"template.path: {recipe.template.path} cannot be read: {error}") from None
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:
-        raise DataError(
-            f"model.path: the tokenizer of {recipe.model.path} has no chat template; "
-            "name the Jinja file that serving will use in template.path"
-        ) from None
-
-
-def _stop_ids(recipe: Recipe, tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokens that end an answer: the recipe's, else the generation config's and the tokenizer's EOS."""
-    if recipe.template.stop_tokens is not None:
-        ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in recipe.template.stop_tokens}
-        for token, found in ids.items():
-            if len(found) != 1:
-                raise DataError(
-                    f"template.stop_tokens: {token!r} is {len(found)} tokens in this vocabulary; name a token that is one"
-                )
-        return frozenset(found[0] for found in ids.values())
-    try:
-        generation: Any = GenerationConfig.from_pretrained(_place(recipe), revision=recipe.model.revision)
-        stops = generation.eos_token_id
-    except (OSError, json.JSONDecodeError):
-        stops = None
-    listed = stops if isinstance(stops, list) else [stops]
-    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
-
-
-def _line(error: BaseException) -> str:
-    """The first 300 characters of an error's text on one line."""
-    return " ".join(str(error).split())[:300]
+        raise RecipeError(f"model.path: {recipe.model.path} cannot be loaded: {one_line(error)}") from None

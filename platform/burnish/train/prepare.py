@@ -17,10 +17,11 @@ from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
 from burnish.data.rendered import Cache
 from burnish.data.template import Template
+from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.train.attempt import STOP_FILE
 from burnish.train.ledger import check_refused, replace_text
-from burnish.train.model import check_model, load_template, model_digest, pack_cost
+from burnish.train.model import check_model, model_digest, pack_cost
 
 CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""

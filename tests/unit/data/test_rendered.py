@@ -10,7 +10,7 @@ from burnish.data import pipeline
 from burnish.data.contract import Contract
 from burnish.data.packing import Sample
 from burnish.data.rendered import Cache, Rendered
-from burnish.train.model import load_template
+from burnish.data.tokenizer import load_template
 from burnish.train.prepare import prepare
 from tests.conftest import CHATML, conversation, write_rows
 

@@ -7,7 +7,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from burnish.data.contract import renders
 from burnish.data.template import Template
-from burnish.train.model import dated
+from burnish.data.tokenizer import dated
 from tests.conftest import CHATML, make_tokenizer
 from tests.judge import PUBLISHED, template_of
 
