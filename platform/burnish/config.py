@@ -1,252 +1,34 @@
-"""The recipe: the full typed description of a run, and the only place where defaults stand.
+"""The recipe: the full typed description of a run, read from YAML and overrides.
 
-Precedence: defaults < YAML < ``section.field=value`` on the command line. Every object is frozen
-and closed: an unknown key is refused with the nearest name that exists.
+Precedence: defaults < YAML < ``section.field=value`` on the command line.
 """
 
-import datetime
-import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from burnish.complaint import complaint, nearest
 from burnish.errors import RecipeError
+from burnish.sections import (
+    CheckpointSpec,
+    DataSpec,
+    EngineSpec,
+    LoraSpec,
+    ModelSpec,
+    OptimSpec,
+    ScaleSpec,
+    Spec,
+    SweepSpec,
+    TemplateSpec,
+    TrackingSpec,
+    TrainSpec,
+)
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,46}$")]
-
-
-class Spec(BaseModel):
-    """One section of a recipe; frozen, closed, and documented field by field."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class ModelSpec(Spec):
-    """The base model."""
-
-    path: str
-    """Folder or Hub id of a Hugging Face causal language model with its tokenizer."""
-    revision: str | None = None
-    """Commit of a Hub model; null takes the newest."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Number format of the weights in training."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else sdpa by document."""
-    activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass; auto means on with a GPU and off without."""
-
-
-class LoraSpec(Spec):
-    """Low-rank adapters; `lora: null` trains every weight instead."""
-
-    rank: int = Field(16, ge=1)
-    """Rank of each adapter."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the adapter's output; the factor applied is alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get an adapter: all of them, or a list of module names."""
-
-
-class TemplateSpec(Spec):
-    """The chat template; by default the tokenizer's own."""
-
-    path: str | None = None
-    """Jinja file used instead of the tokenizer's own template; it is exported with the model."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables passed to the template at every render, as the server will pass them."""
-    stop_tokens: tuple[str, ...] | None = None
-    """Tokens that end an answer; null takes them from the generation config and the tokenizer."""
-    date: datetime.date | None = None
-    """Day that a template which reads the clock shows; null takes the day on which the run started."""
-
-
-class SourceSpec(Spec):
-    """One source of conversations."""
-
-    path: str = Field(min_length=1)
-    """JSONL (also .gz, .zst), Parquet or Arrow file, folder or glob, here or on s3://, gs:// or any fsspec file system, or a
-    Hugging Face data set; rows have `messages`, or are ShareGPT, Alpaca or prompt and completion."""
-    split: str | None = None
-    """Split of a Hugging Face data set, by Hub id or local folder."""
-    subset: str | None = None
-    """Configuration of a Hugging Face data set that has several."""
-    revision: str | None = None
-    """Commit of a Hub data set; null takes the newest."""
-    weight: float = Field(1.0, gt=0)
-    """How often each row is seen in an epoch: 2 is twice, 0.5 is a seeded half of the rows, another half in each epoch."""
-
-    @model_validator(mode="after")
-    def a_path_holds_no_secret(self) -> "SourceSpec":
-        """Raises ValueError for credentials in a path, which would end in logs, MLflow and the run folder."""
-        scheme, _, rest = self.path.partition("://")
-        if rest and ("@" in rest.partition("/")[0] or re.search("(?i)(secret|token|password|access_key)[^/]*=", rest)):
-            raise ValueError(f"path: holds credentials ({scheme}://...); give them in the environment, as AWS_ACCESS_KEY_ID")
-        return self
-
-
-class FiltersSpec(Spec):
-    """Rows that are left out although they could be trained; `burnish plan` counts them all, named here or not."""
-
-    exact_duplicates: bool = False
-    """Leave out rows that say exactly what an earlier row says."""
-    near_duplicates: float | None = Field(None, ge=0.5, le=1)
-    """Leave out rows that share this part or more of their runs of five words with an earlier row, for example 0.8 (Jaccard
-    similarity, estimated by MinHash)."""
-    min_trained_tokens: int | None = Field(None, ge=1)
-    """Leave out rows with fewer trained tokens, stop tokens among them: empty and very short answers."""
-    min_trained_share: float | None = Field(None, gt=0, lt=1)
-    """Leave out rows of whose tokens a smaller share is trained."""
-    decontaminate: tuple[str, ...] = ()
-    """Evaluation files, in any form that a source may have; rows that share a run of words with them are left out."""
-    decontaminate_words: int = Field(13, ge=5)
-    """Words in such a run."""
-
-
-class DataSpec(Spec):
-    """Where conversations come from and what of them is trained."""
-
-    train: tuple[SourceSpec, ...] = Field(min_length=1)
-    """Sources to train on."""
-    eval: tuple[SourceSpec, ...] = ()
-    """Held-out sources; their loss is measured and never trained."""
-    max_length: int = Field(4096, ge=8)
-    """Tokens in a pack; a longer conversation is overlong."""
-    train_on: Literal["assistant", "last_assistant"] = "assistant"
-    """Which answers bear loss: every assistant turn, or only the last of each conversation."""
-    history: Literal["serve_exact", "last_turn"] = "serve_exact"
-    """Where a template rewrites earlier turns: serve_exact gives each turn a sample with the context that serving shows it;
-    last_turn trains only the turns that share the last one's context."""
-    on_overlong: Literal["drop", "truncate_turns"] = "drop"
-    """An overlong sample is dropped with its row and counted, or loses whole turns from its start; no answer is ever cut."""
-    filters: FiltersSpec = Field(default_factory=FiltersSpec)
-    max_refused: float = Field(0.01, ge=0, le=1)
-    """Largest share of rows that may be refused, overlong and filtered rows apart; above it the run fails."""
-    seed: int = Field(0, ge=0)
-    """Seed of the order of rows."""
-    window_rows: int = Field(4096, ge=1)
-    """Rows, drawn from many places of the sources, that are packed together."""
-    cache: str | None = "auto"
-    """Folder, here or on another file system, of rendered rows that all runs share; auto is `.cache` in checkpoint.storage,
-    null keeps none. It may be deleted at any time."""
-
-
-class OptimSpec(Spec):
-    """AdamW and its learning rate."""
-
-    learning_rate: float = Field(2e-4, gt=0)
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from its peak to zero over the run."""
-    warmup_steps: int = Field(10, ge=0)
-    """Steps over which the learning rate rises from zero."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 turns clipping off."""
-
-
-class TrainSpec(Spec):
-    """How long to train and how much at once."""
-
-    global_batch_size: int = Field(8, ge=1)
-    """Packs in a step, over all workers."""
-    epochs: int = Field(1, ge=1)
-    """Passes over the training rows."""
-    max_steps: int | None = Field(None, ge=1)
-    """Steps after which training ends even inside an epoch."""
-    eval_every_steps: int | None = Field(None, ge=1)
-    """Steps between evaluations; null evaluates once, at the end."""
-    seed: int = Field(0, ge=0)
-    """Seed of adapter weights and dropout."""
-
-
-class EngineSpec(Spec):
-    """DeepSpeed."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """What DeepSpeed shards over workers: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
-    offload: Literal["none"] = "none"
-    """Where the optimizer state lives; none keeps it on the training device."""
-
-
-class ScaleSpec(Spec):
-    """Workers."""
-
-    num_workers: int = Field(1, ge=1)
-    """Training workers; with GPUs, one GPU each."""
-    use_gpu: Literal["auto"] | bool = "auto"
-    """Train on GPUs; auto means where the cluster has any."""
-    placement: Literal["auto", "by_role", "any"] = "auto"
-    """by_role renders and packs on nodes labelled `node-role: data` and trains on those labelled `node-role: train`; any
-    takes every node; auto means by_role where nodes of both labels are there at the start."""
-
-
-class CheckpointSpec(Spec):
-    """Checkpoints and the run folder."""
-
-    every_steps: int | None = Field(50, ge=1)
-    """Steps between checkpoints; null writes only the last one."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
-    storage: str = "runs"
-    """Folder, shared by all nodes, that holds a folder for each run."""
-
-
-class TrackingSpec(Spec):
-    """MLflow."""
-
-    uri: str | None = "sqlite:///mlflow.db"
-    """Tracking server or database; null records nothing."""
-    experiment: str = Field("burnish", min_length=1)
-    """MLflow experiment."""
-
-
-class AxisSpec(Spec):
-    """One axis of a search space; exactly one of its fields is written."""
-
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
-    """One of these values."""
-    uniform: tuple[float, float] | None = None
-    """Evenly between two numbers."""
-    log_uniform: tuple[float, float] | None = None
-    """Evenly between the logarithms of two positive numbers."""
-
-    @model_validator(mode="after")
-    def an_axis_names_exactly_one_distribution(self) -> "AxisSpec":
-        """Raises ValueError where none or several are written, or where bounds are not ascending."""
-        written = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
-        if len(written) != 1:
-            raise ValueError(f"write exactly one of choice, uniform, log_uniform; found {written or 'none'}")
-        if self.choice is not None and len({repr(value) for value in self.choice}) < len(self.choice):
-            raise ValueError(f"choice names a value twice: {list(self.choice)}")
-        for low, high in filter(None, (self.uniform, self.log_uniform)):
-            if low >= high or (self.log_uniform is not None and low <= 0):
-                raise ValueError(f"bounds must ascend, and be positive for log_uniform; found [{low}, {high}]")
-        return self
-
-
-class SweepSpec(Spec):
-    """A search over recipe fields with Ray Tune and ASHA."""
-
-    metric: str = "eval/loss"
-    """Metric that ranks trials."""
-    mode: Literal["min", "max"] = "min"
-    """Whether a smaller or a larger metric is better."""
-    space: dict[str, AxisSpec] = Field(default_factory=dict)
-    """Axes: a dotted recipe path and how its values are drawn."""
-    trials: int = Field(8, ge=1)
-    """Recipes that are tried."""
-    concurrent: int | None = Field(None, ge=1)
-    """Trials at the same time; null takes as many as the cluster can place."""
 
 
 class Recipe(Spec):

@@ -8,13 +8,14 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from burnish.config import AxisSpec, Recipe, SourceSpec, Spec, leaves
+from burnish.config import Recipe, leaves
+from burnish.sections import AxisSpec, SourceSpec, Spec
 
 _HEAD = """# The recipe
 
 One YAML file describes a run. Defaults < YAML < `section.field=value` on the command line; the value is read as YAML,
 so `lora=null` trains every weight. An unknown key is refused with the nearest name. This page is made from the schema
-in `platform/burnish/config.py` by `make docs`.
+in `platform/burnish/sections.py` by `make docs`.
 """
 
 

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from burnish.cli import main
-from burnish.config import FiltersSpec
 from burnish.data import survey
 from burnish.errors import DataError
+from burnish.sections import FiltersSpec
 from burnish.train.prepare import check_same_run, make_run_folder, prepare, write_run_folder
 from tests.conftest import conversation, write_rows
 

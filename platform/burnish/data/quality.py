@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from burnish.config import FiltersSpec
 from burnish.data import formats
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.rendered import Rendered
+from burnish.sections import FiltersSpec
 
 LEFT_OUT = frozenset({"overlong", "duplicate", "near-duplicate", "contaminated", "short-answer", "low-share"})
 """Codes of rows that a recipe leaves out on purpose; they do not count as refused."""

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from burnish.config import SourceSpec
 from burnish.data import files
 from burnish.data.conversation import Refused
 from burnish.errors import DataError
+from burnish.sections import SourceSpec
 
 MAX_ROW_BYTES = 32 << 20
 """A longer line is refused without being kept in memory: it is far beyond any context."""

@@ -15,8 +15,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from burnish import tracking
-from burnish.config import Recipe, SweepSpec
+from burnish.config import Recipe
 from burnish.errors import RecipeError, TrainingError
+from burnish.sections import SweepSpec
 from burnish.sweep.space import Assignment, draw, trial_recipe
 from burnish.train.cluster import DATA_CPUS, connected
 from burnish.train.launch import train

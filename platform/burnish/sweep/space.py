@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import AxisSpec, Recipe, SweepSpec, override, parse
+from burnish.config import Recipe, override, parse
+from burnish.sections import AxisSpec, SweepSpec
 
 Assignment = dict[str, Any]
 """One trial: a value for each dotted recipe path of the space."""

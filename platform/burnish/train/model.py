@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from burnish.config import LoraSpec, Recipe
+from burnish.config import Recipe
 from burnish.data.balance import Cost
 from burnish.errors import RecipeError, one_line
+from burnish.sections import LoraSpec
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from burnish.config import Recipe, SourceSpec, differences, load
+from burnish.config import Recipe, differences, load
 from burnish.data import order, pipeline, sources
 from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
@@ -19,6 +19,7 @@ from burnish.data.rendered import Cache
 from burnish.data.template import Template
 from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, InfrastructureError, RecipeError
+from burnish.sections import SourceSpec
 from burnish.train.attempt import STOP_FILE
 from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, model_digest, pack_cost

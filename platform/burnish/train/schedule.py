@@ -2,7 +2,7 @@
 
 import math
 
-from burnish.config import OptimSpec
+from burnish.sections import OptimSpec
 
 
 def learning_rate(optim: OptimSpec, step: int, progress: float) -> float:

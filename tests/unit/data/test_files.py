@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from burnish.config import SourceSpec
 from burnish.data import files, sources
 from burnish.errors import DataError, RecipeError
+from burnish.sections import SourceSpec
 from tests.conftest import free_ports, write_rows
 
 ROWS = [{"n": i, "text": "é" * (i % 5)} for i in range(40)]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from burnish.config import FiltersSpec
 from burnish.data import quality
 from burnish.data.conversation import Refused
 from burnish.data.quality import SHINGLE_WORDS, evaluation_grams, judge, marks, too_little
 from burnish.data.rendered import Rendered
+from burnish.sections import FiltersSpec
 
 WORDS = [f"word{i}" for i in range(400)]
 ALL = FiltersSpec(exact_duplicates=True, near_duplicates=0.8, decontaminate=("eval.jsonl",))

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from burnish.config import SourceSpec
 from burnish.data import sources
 from burnish.data.conversation import Refused
 from burnish.data.sources import index, read, windows
 from burnish.errors import DataError
+from burnish.sections import SourceSpec
 from tests.conftest import write_rows
 
 ROWS = [{"n": i, "text": "é" * (i % 5)} for i in range(23)]

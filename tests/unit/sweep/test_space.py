@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from burnish.config import SweepSpec
 from burnish.errors import RecipeError
+from burnish.sections import SweepSpec
 from burnish.sweep.launch import Trial, _rank
 from burnish.sweep.space import draw, trial_recipe
 

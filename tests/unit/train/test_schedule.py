@@ -2,7 +2,7 @@
 
 import pytest
 
-from burnish.config import OptimSpec
+from burnish.sections import OptimSpec
 from burnish.train.schedule import learning_rate
 
 
