@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from burnish.complaint import complaint, nearest
-from burnish.errors import RecipeError
+from burnish.errors import RecipeError, one_line
 from burnish.sections import (
     CheckpointSpec,
     DataSpec,
@@ -137,7 +137,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path}: is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping that starts like 'name: my-run'; found {tree!r:.80}")
     return parse(override(tree, overrides), where=str(path))

@@ -13,6 +13,7 @@ import ray
 
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
+from burnish.data.slices import windows
 from burnish.data.tokenizer import load_template
 from burnish.train.loop import batches
 from burnish.train.prepare import prepare
@@ -67,7 +68,7 @@ def test_an_epoch_trains_each_row_once_in_windows_that_are_a_pure_function(clust
     rendered = [pipeline.render_slice(part, template, recipe) for part in index.slices]
     assert sum(len(each.lengths) for each in rendered) == 40
     by_name = {}
-    for position, numbers in enumerate(sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, 0)):
+    for position, numbers in enumerate(windows(index.slices, recipe.data.window_rows, recipe.data.seed, 0)):
         packs, _, rows = order.pack_window([(index.slices[n], rendered[n]) for n in numbers], 0, recipe)
         assert rows == (16 if position < 2 else 8)
         by_name |= {(0, position, i): packs[i].input_ids.tolist() for i in range(len(packs))}
@@ -112,7 +113,7 @@ def test_the_first_step_is_there_before_the_source_is_read_to_its_end(cluster, m
     data = {"train": train, "window_rows": 32, "cache": None}
     slices = sources.index(make_recipe(data=data).data.train, 32).slices
     # A seed whose last window ends with the compressed file, which is one slice.
-    seed = next(seed for seed in range(10_000) if sources.windows(slices, 32, seed, 0)[-1][-1] == len(slices) - 1)
+    seed = next(seed for seed in range(10_000) if windows(slices, 32, seed, 0)[-1][-1] == len(slices) - 1)
     recipe = make_recipe(data={**data, "seed": seed})
     prepared = prepare(recipe)
     windows = order.train_slices(recipe, prepared.train, Cursor())

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from burnish.errors import DataError
+from burnish.errors import DataError, one_line
 
 KINDS = {
     "parquet": (".parquet", ".pq"),
@@ -46,7 +46,7 @@ def expand(path: str) -> list[str]:
     try:
         found = _expand_remote(path) if is_remote(path) else _expand_local(path)
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be reached: {' '.join(str(error).split())[:300]}") from None
+        raise DataError(f"{path}: cannot be reached: {one_line(error)}") from None
     strange = [file for file in found if kind_of(file) is None]
     if strange:
         endings = ", ".join(ending for endings in KINDS.values() for ending in endings[:1])

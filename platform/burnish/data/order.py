@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from burnish.config import Recipe
-from burnish.data import quality, sources
+from burnish.data import quality
 from burnish.data.packing import Packs, pack
 from burnish.data.rendered import Rendered
+from burnish.data.slices import Index, Slice, windows
 
 ORDER = "rounds of slices 1"
 """Names the order of packs; a run that was started under another one cannot go on without losing or repeating rows."""
@@ -77,7 +78,7 @@ class Place:
 
 
 def pack_window(
-    parts: Sequence[tuple[sources.Slice, Rendered]], epoch: int, recipe: Recipe
+    parts: Sequence[tuple[Slice, Rendered]], epoch: int, recipe: Recipe
 ) -> tuple[Packs, list[dict[str, Any]], int]:
     """The packs of a window in their order, its refusals by row name, and its rows: a pure function of its arguments.
 
@@ -105,27 +106,27 @@ def pack_window(
     return pack(*joined, recipe.data.max_length, rng), refused, rows
 
 
-def train_slices(recipe: Recipe, index: sources.Index, cursor: Cursor) -> list[list[tuple[Place, sources.Slice]]]:
+def train_slices(recipe: Recipe, index: Index, cursor: Cursor) -> list[list[tuple[Place, Slice]]]:
     """Every window from the cursor to the end of the last epoch, in order: its slices, each with its place in the run."""
     found = []
     before, total = 0.0, sum(part.num_rows * part.keep for part in index.slices) * recipe.train.epochs
     for epoch in range(recipe.train.epochs):
-        windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, epoch)
-        for position, numbers in enumerate(windows):
+        drawn = windows(index.slices, recipe.data.window_rows, recipe.data.seed, epoch)
+        for position, numbers in enumerate(drawn):
             parts = [index.slices[number] for number in numbers]
             share = sum(part.num_rows * part.keep for part in parts) / total
             if (epoch, position) >= (cursor.epoch, cursor.position):
                 skip = cursor.index if (epoch, position) == (cursor.epoch, cursor.position) else 0
-                place = Place(epoch, position, position + 1 == len(windows), before, share, skip)
+                place = Place(epoch, position, position + 1 == len(drawn), before, share, skip)
                 found.append([(place, part) for part in parts])
             before += share
     return found
 
 
-def eval_slices(recipe: Recipe, index: sources.Index) -> list[list[tuple[Place, sources.Slice]]]:
+def eval_slices(recipe: Recipe, index: Index) -> list[list[tuple[Place, Slice]]]:
     """Every window of the held-out files, in file order."""
-    windows = sources.windows(index.slices, recipe.data.window_rows, recipe.data.seed, None)
+    drawn = windows(index.slices, recipe.data.window_rows, recipe.data.seed, None)
     return [
-        [(Place(0, position, position + 1 == len(windows), 0.0, 0.0, 0), index.slices[number]) for number in numbers]
-        for position, numbers in enumerate(windows)
+        [(Place(0, position, position + 1 == len(drawn), 0.0, 0.0, 0), index.slices[number]) for number in numbers]
+        for position, numbers in enumerate(drawn)
     ]

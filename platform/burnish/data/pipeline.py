@@ -22,6 +22,7 @@ from burnish.data.order import Cursor, Place, StepMeta, pack_window
 from burnish.data.packing import Packs, Sample
 from burnish.data.render import render
 from burnish.data.rendered import Cache, Rendered
+from burnish.data.slices import Slice
 from burnish.data.template import Template
 
 SCHEMA = pa.schema(
@@ -55,7 +56,7 @@ def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
         raise Refused("bad-row", "the row is nested too deeply to be read") from None
 
 
-def render_slice(part: sources.Slice, template: Template, recipe: Recipe) -> Rendered:
+def render_slice(part: Slice, template: Template, recipe: Recipe) -> Rendered:
     """Every row of a slice rendered, refusals collected. Raises DataError where the file cannot be read."""
     samples: list[tuple[int, Sample]] = []
     refused: list[dict[str, Any]] = []
@@ -86,7 +87,7 @@ class Rounds:
 
 
 def stream(
-    windows: list[list[tuple[Place, sources.Slice]]], rendering: Rendering, rounds: Rounds, num_workers: int, start: Cursor
+    windows: list[list[tuple[Place, Slice]]], rendering: Rendering, rounds: Rounds, num_workers: int, start: Cursor
 ) -> ray.data.Dataset:
     """The lazy graph from slices to worker shares, in global order from `start` on; `steps_of` takes a block apart.
 
@@ -172,18 +173,14 @@ def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
     """Descriptions of slices to their rendered samples, out of the cache where they are there."""
     rendering: Rendering = unpickled(shared[0])
     for item in table.to_pylist():
-        rendered = (
-            rendered_slice(sources.Slice(**json.loads(item["slice"])), rendering)
-            if item["slice"]
-            else Rendered.of([], [], 0)
-        )
+        rendered = rendered_slice(Slice(**json.loads(item["slice"])), rendering) if item["slice"] else Rendered.of([], [], 0)
         own = rendered.to_table()
         for name in ("place", "slice"):
             own = own.append_column(name, pa.array([item[name]], pa.string()))
         yield own
 
 
-def rendered_slice(part: sources.Slice, rendering: Rendering) -> Rendered:
+def rendered_slice(part: Slice, rendering: Rendering) -> Rendered:
     """The rendered samples of a slice, out of the cache where they are there, else put into it.
 
     Raises DataError where the file cannot be read.
@@ -202,7 +199,7 @@ def _window_task(table: pa.Table, recipe: Recipe, slices: int) -> pa.Table:
     assert table.num_rows == slices and len(table.column("place").unique()) == 1, "a batch is a window"
     place = Place(**json.loads(table.column("place")[0].as_py()))
     named = table.column("slice").to_pylist()
-    parts = [(sources.Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
+    parts = [(Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
     packs, refused, rows = pack_window(parts, place.epoch, recipe)
     trained = packs.trained_tokens()
     # A window whose rows are all refused gives one empty pack, so that its refusals travel like any other's.

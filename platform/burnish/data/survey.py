@@ -18,6 +18,7 @@ from burnish.config import Recipe
 from burnish.data import pipeline, quality, sources
 from burnish.data.quality import Finding, Marks
 from burnish.data.rendered import Cache
+from burnish.data.slices import Index, Slice
 
 _SCHEMA = pa.schema(
     [
@@ -39,8 +40,8 @@ class Survey:
     `trained` (int64 [rows]) are 0 where a row gives no sample or where tokens were not asked for.
     """
 
-    index: sources.Index
-    places: list[tuple[sources.Slice, int]]
+    index: Index
+    places: list[tuple[Slice, int]]
     findings: list[Finding]
     tokens: NDArray[np.int64]
     trained: NDArray[np.int64]
@@ -50,7 +51,7 @@ class Survey:
         part, row = self.places[finding.position]
         return part.row_name(part.first_row + row)
 
-    def kept(self) -> sources.Index:
+    def kept(self) -> Index:
         """The index without the rows that the recipe leaves out."""
         dropped: dict[tuple[str, int], list[tuple[int, str, str]]] = {}
         for finding in self.findings:
@@ -62,11 +63,11 @@ class Survey:
 
 def drop(
     recipe: Recipe,
-    index: sources.Index,
-    evaluation: sources.Index | None,
+    index: Index,
+    evaluation: Index | None,
     cache: Cache | None,
     labels: dict[str, str] | None,
-) -> sources.Index:
+) -> Index:
     """The index without the rows that data.filters leave out for what they say. Reads all rows, unless the cache knows.
 
     `evaluation` are the files of data.filters.decontaminate; tasks run on nodes with `labels`. Raises DataError where a file
@@ -92,8 +93,8 @@ def drop(
 
 def survey(
     recipe: Recipe,
-    index: sources.Index,
-    evaluation: sources.Index | None,
+    index: Index,
+    evaluation: Index | None,
     rendering: pipeline.Rendering | None,
     labels: dict[str, str] | None,
 ) -> Survey:
@@ -113,7 +114,7 @@ def survey(
     )
     stream.context.execution_options.preserve_order = True
     stream.context.execution_options.label_selector = labels
-    places: list[tuple[sources.Slice, int]] = []
+    places: list[tuple[Slice, int]] = []
     counts: list[NDArray[np.int64]] = []
 
     def marked() -> Iterator[tuple[str, Marks | None]]:
@@ -132,11 +133,11 @@ def _marks_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
     """Descriptions of slices to the marks of their rows, a block each."""
     rendering, grams, near = pipeline.unpickled(shared[0])
     for item in table.to_pylist():
-        part = sources.Slice(**json.loads(item["slice"]))
+        part = Slice(**json.loads(item["slice"]))
         yield _table([quality.marks(row, grams, near) for _, row in sources.read(part)], rendering, part)
 
 
-def _table(found: list[Marks | None], rendering: pipeline.Rendering | None, part: sources.Slice) -> pa.Table:
+def _table(found: list[Marks | None], rendering: pipeline.Rendering | None, part: Slice) -> pa.Table:
     tokens = trained = np.zeros(len(found), np.int64)
     if rendering is not None:
         tokens, trained = quality.tokens_of_rows(pipeline.rendered_slice(part, rendering))
@@ -157,7 +158,7 @@ def _read_marks(table: pa.Table) -> Iterator[Marks | None]:
         yield None if digest is None else Marks(digest, minhashes[row].values.to_numpy(), shared[row].as_py())
 
 
-def _without(index: sources.Index, dropped: dict[tuple[str, int], Any]) -> sources.Index:
+def _without(index: Index, dropped: dict[tuple[str, int], Any]) -> Index:
     found = {place: tuple((row, code, why) for row, code, why in rows) for place, rows in dropped.items()}
     parts = (replace(part, dropped=found.get((part.path, part.first_row), ())) for part in index.slices)
     return replace(index, slices=tuple(parts))

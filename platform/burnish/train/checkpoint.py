@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from burnish.data.order import Cursor
-from burnish.errors import InfrastructureError
+from burnish.errors import InfrastructureError, one_line
 from burnish.train.attempt import Progress
 
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
@@ -73,7 +73,7 @@ def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) 
         free = shutil.disk_usage(folder).free / 2**20
         raise InfrastructureError(
             f"the checkpoint of step {progress.step} could not be written to {folder} ({free:,.0f} MiB free): "
-            f"{' '.join(str(error).split())[:200]}. Make room; the same command goes on from the checkpoint before"
+            f"{one_line(error)}. Make room; the same command goes on from the checkpoint before"
         ) from error
 
 

@@ -16,6 +16,7 @@ from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
 from burnish.data.rendered import Cache
+from burnish.data.slices import Index, Slice
 from burnish.data.template import Template
 from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, InfrastructureError, RecipeError
@@ -40,9 +41,9 @@ class Prepared:
     recipe: Recipe
     template: Template
     contract: Contract
-    train: sources.Index
-    eval: sources.Index | None
-    decontaminate: sources.Index | None
+    train: Index
+    eval: Index | None
+    decontaminate: Index | None
 
     def rendering(self) -> pipeline.Rendering:
         """What the tasks that render need."""
@@ -79,7 +80,7 @@ class _Head:
     digests: dict[str, str] = field(default_factory=dict)
 
 
-def _read_head(name: str, index: sources.Index, template: Template, recipe: Recipe) -> _Head:
+def _read_head(name: str, index: Index, template: Template, recipe: Recipe) -> _Head:
     """Renders the first rows of each file; raises DataError where none can be trained or too many are refused."""
     head = _Head()
     for file in dict.fromkeys(part.name for part in index.slices):
@@ -89,9 +90,7 @@ def _read_head(name: str, index: sources.Index, template: Template, recipe: Reci
     return head
 
 
-def _read_rows(
-    name: str, heads: Iterable[tuple[sources.Slice, int, Any]], template: Template, recipe: Recipe, head: _Head
-) -> None:
+def _read_rows(name: str, heads: Iterable[tuple[Slice, int, Any]], template: Template, recipe: Recipe, head: _Head) -> None:
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
@@ -144,7 +143,7 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
         )
 
 
-def check_same_filters(kept: sources.Index, folder: Path) -> None:
+def check_same_filters(kept: Index, folder: Path) -> None:
     """Notes what data.filters leave out of a run; raises DataError where a run that was started before left out other rows.
 
     Another version of the library that finds near copies would otherwise move rows between packs in silence.

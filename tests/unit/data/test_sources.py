@@ -9,7 +9,8 @@ import pytest
 
 from burnish.data import sources
 from burnish.data.conversation import Refused
-from burnish.data.sources import index, read, windows
+from burnish.data.slices import Slice, windows
+from burnish.data.sources import index, read
 from burnish.errors import DataError
 from burnish.sections import SourceSpec
 from tests.conftest import write_rows
@@ -54,7 +55,7 @@ def test_the_digest_follows_content_and_weight(tmp_path):
     assert index([SourceSpec(path=str(path))], 5).digest != one
 
 
-def whole(path) -> sources.Slice:
+def whole(path) -> Slice:
     """The one slice of a small file."""
     (part,) = index([SourceSpec(path=str(path))], 1600).slices
     return part
