@@ -81,27 +81,31 @@ def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_config(architecture: str, vocab_size: int) -> Any:
-    """The configuration of a two-layer model of 32 dimensions."""
+def tiny_config(architecture: str, vocab_size: int, intermediate_size: int = 48) -> Any:
+    """The configuration of a two-layer model."""
     import transformers
 
     name = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "mistral": "MistralConfig", "gemma": "Gemma3TextConfig"}
     extra: dict[str, Any] = {"mistral": {"sliding_window": 12}, "gemma": {"sliding_window": 12}}.get(architecture, {})
     return getattr(transformers, name[architecture])(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=2, pad_token_id=0,
         **extra,
     )  # fmt: skip
 
 
-def write_model(folder: Path, architecture: str = "llama", template: str | None = CHATML) -> Path:
+def write_model(
+    folder: Path, architecture: str = "llama", template: str | None = CHATML, intermediate_size: int = 48
+) -> Path:
     """A model folder with random weights from a fixed seed."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer = make_tokenizer(template)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(architecture, len(tokenizer), intermediate_size), dtype=torch.float32
+    )
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """One step is one step: real DeepSpeed on gloo, for workers x accumulation x ZeRO stage, against one plain big batch."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from burnish.config import Recipe
 from burnish.data.packing import Pack, Sample
-from tests.conftest import free_ports
+from tests.conftest import free_ports, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -69,6 +70,47 @@ class Worker:
         torch.distributed.init_process_group("gloo")
         return [self.train(recipe, rank, world) for recipe in recipes]
 
+    def go_on(self, rank: int, world: int, port: int, recipes: list[Recipe], folder: str, resumes: bool):
+        """Writes a checkpoint of each recipe after two steps, or reads it; the adapters and moments after the third step."""
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+        torch.distributed.init_process_group("gloo")
+        from safetensors.torch import load_file
+
+        from burnish.train import engine as ds
+        from burnish.train.model import build_model
+
+        ends = []
+        for number, recipe in enumerate(recipes):
+            weights, state = Path(folder, f"{number}-weights"), Path(folder, f"{number}-state")
+            model = build_model(recipe, cuda=False)
+            if resumes:
+                ds.load_weights(model, weights)
+            engine = ds.build_engine(recipe, model, world)
+            if resumes:
+                ds.load_whole_state(engine, state)
+            else:
+                self.steps(engine, make_packs()[:2], rank, world)
+                ds.save_weights(engine, weights, {})
+                ds.save_whole_state(engine, state)
+            self.steps(engine, make_packs()[2:], rank, world)
+            end = Path(folder, f"{number}-end-{world}-{resumes}")
+            ds.save_whole_state(engine, end)
+            torch.distributed.barrier()
+            ends.append(load_file(end))
+        return ends
+
+    def steps(self, engine, steps: list[list[Pack]], rank: int, world: int) -> None:
+        from burnish.train import engine as ds
+        from burnish.train.objective import loss_sum
+
+        share = GLOBAL_BATCH_SIZE // world
+        for packs in steps:
+            for pack in packs[rank * share : (rank + 1) * share]:
+                loss = loss_sum(engine, pack.input_ids, pack.labels, pack.seq_lens, engine.device)
+                ds.backward(engine, loss, sum(pack.trained_tokens for pack in packs), world)
+                ds.step(engine)
+
     def train(self, recipe: Recipe, rank: int, world: int) -> tuple[list[float], torch.Tensor, list[float]]:
         from deepspeed.utils import safe_get_full_grad
 
@@ -116,6 +158,42 @@ def test_losses_and_gradients_equal_one_big_batch(cluster, make_recipe):
                 assert abs(norms[0] - float(gradient.norm())) / norms[0] < 1e-4, where
     assert len({losses[0] for losses, _ in expected.values()}) == 1, "fresh adapters change nothing"
     assert expected[False][0][1] != expected[True][0][1]
+
+
+def test_adapters_go_on_with_any_number_of_workers_under_every_stage(cluster, make_recipe, tmp_path):
+    # 50 dimensions at rank 1 do not divide over 4 workers, so that ZeRO-3 fills its last part up.
+    model = write_model(tmp_path / "model", intermediate_size=50)
+
+    def gang(world: int, resumes: bool, kinds: list[tuple[int, str]]) -> list[dict[str, torch.Tensor]]:
+        recipes = [
+            make_recipe(
+                model={"path": str(model), "dtype": dtype},
+                lora={"rank": 1},
+                scale={"num_workers": world},
+                engine={"zero_stage": stage},
+            )
+            for stage, dtype in kinds
+        ]
+        (port,) = free_ports(1)
+        workers = [Worker.options(num_cpus=0.1).remote() for _ in range(world)]
+        results = ray.get(
+            [worker.go_on.remote(rank, world, port, recipes, str(tmp_path), resumes) for rank, worker in enumerate(workers)]
+        )
+        for worker in workers:
+            ray.kill(worker)
+        return results[0]
+
+    kinds = [(0, "float32"), (0, "bfloat16"), (1, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")]
+    expected = gang(2, False, kinds)
+    for world in (2, 4):
+        for kind, found, wanted in zip(kinds, gang(world, True, kinds), expected, strict=True):
+            assert set(found) == set(wanted) and len(found) > 20
+            for name, tensor in wanted.items():
+                if world == 2:
+                    assert torch.equal(found[name], tensor), (kind, name)
+                else:
+                    near = 1e-5 if kind[1] == "float32" else 0.1
+                    assert (found[name] - tensor).norm() <= near * tensor.norm() + 1e-7, (world, kind, name)
 
 
 def test_the_comparison_would_catch_a_mean_of_means(make_recipe):

@@ -43,8 +43,8 @@ tracking: {{uri: null}}
     return recipe, *outcome(recipe, "whole")
 
 
-def start(recipe: Path, name: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}"]
+def start(recipe: Path, name: str, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}", *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -102,6 +102,8 @@ def test_a_stopped_and_then_a_killed_command_go_on_to_the_same_end(world):
     assert "the same command goes on from there" in process.stderr.read()
     stopped_at = len(outcome(recipe, "twice")[0])
     assert 6 <= stopped_at < len(ledger)
+    fewer = start(recipe, "twice", "scale.num_workers=1")
+    assert fewer.wait(DEADLINE_SECONDS) == 2 and "write scale.num_workers: 2" in fewer.stderr.read()
     process = start(recipe, "twice")
     wait_for_step(recipe, "twice", stopped_at + 6, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -109,3 +111,22 @@ def test_a_stopped_and_then_a_killed_command_go_on_to_the_same_end(world):
     process = start(recipe, "twice")
     assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
     assert_same(recipe, "twice", ledger, weights)
+
+
+def test_adapters_go_on_with_another_number_of_workers_in_the_same_steps(world):
+    recipe = world[0]
+    adapters = ("lora={rank: 4}", "train.epochs=1")
+    one = start(recipe, "adapters-one", *adapters, "scale.num_workers=1")
+    assert one.wait(DEADLINE_SECONDS) == 0, one.stderr.read()
+    process = start(recipe, "adapters", *adapters, "scale.num_workers=4")
+    wait_for_step(recipe, "adapters", 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == 75, process.stderr.read()
+    process = start(recipe, "adapters", *adapters, "scale.num_workers=2")
+    assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
+    (ledger, weights), (found, trained) = outcome(recipe, "adapters-one"), outcome(recipe, "adapters")
+    losses, found_losses = ([line.pop("loss") for line in lines] for lines in (ledger, found))
+    assert found == ledger and len(ledger) > 8
+    assert found_losses == pytest.approx(losses, rel=1e-4)
+    for name, tensor in weights.items():
+        assert (trained[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000050/
         weights.safetensors     the trained weights, gathered: all of them, or the adapter
-        engine/state/           DeepSpeed's sharded optimizer state
+        optimizer.safetensors   of adapters: float32 masters and moments, whole, for any number of workers
+        engine/state/           of all weights: DeepSpeed's sharded state, for as many workers as wrote it
         contract.json           the template contract of the run
         manifest.json           written last: step, cursor, workers, contract, size and sha256 of every file
 
@@ -31,6 +32,8 @@ from burnish.train.attempt import Progress
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 WEIGHTS = "weights.safetensors"
 """The file of a checkpoint with the trained weights."""
+OPTIMIZER = "optimizer.safetensors"
+"""The file of a checkpoint with the whole state of the optimizer, where it is written whole."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Checkpoint:
     progress: Progress
     num_workers: int
     behaviour_sha256: str
+
+    def can_go_on_with(self, num_workers: int) -> bool:
+        """Whether as many workers can read it."""
+        return num_workers == self.num_workers or (self.path / OPTIMIZER).exists()
 
 
 @contextmanager

@@ -47,9 +47,7 @@ def train_loop(config: dict[str, Any]) -> None:
     with ThreadPoolExecutor(1) as pool:
         stream = batches(ray.train.get_dataset_shard("train"), share) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
-        engine = ds.build_engine(recipe, build_model(recipe, attempt.cuda), num_workers)
-    if attempt.resume is not None:
-        ds.load_state(engine, attempt.resume / "engine")
+        engine = build(attempt, num_workers)
     progress = attempt.progress
     records = Records(attempt) if dist.get_rank() == 0 else None
     evaluation: dict[str, float] = {}
@@ -80,6 +78,22 @@ def train_loop(config: dict[str, Any]) -> None:
         save(engine, attempt, progress)
     if records:
         records.close()
+
+
+def build(attempt: Attempt, num_workers: int) -> ds.Engine:
+    """The engine at the attempt's checkpoint, or at the start of the run. A collective call."""
+    recipe, resume = attempt.recipe, attempt.resume
+    model = build_model(recipe, attempt.cuda)
+    if resume is None:
+        return ds.build_engine(recipe, model, num_workers)
+    if not (resume / checkpoint.OPTIMIZER).exists():
+        engine = ds.build_engine(recipe, model, num_workers)
+        ds.load_state(engine, resume / "engine")
+        return engine
+    ds.load_weights(model, resume / checkpoint.WEIGHTS)
+    engine = ds.build_engine(recipe, model, num_workers)
+    ds.load_whole_state(engine, resume / checkpoint.OPTIMIZER)
+    return engine
 
 
 def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> tuple[dict[str, float], bool]:
@@ -160,7 +174,11 @@ def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
     """One checkpoint of this run. A collective call."""
     folder, keep = attempt.run_folder / "checkpoints", attempt.recipe.checkpoint.keep
     with checkpoint.writing(folder, progress, keep, attempt.behaviour_sha256) as partial:
-        ds.save_state(engine, partial / "engine")
+        # The scale of float16's loss stands in DeepSpeed's own state alone.
+        if attempt.recipe.lora is not None and attempt.recipe.model.dtype != "float16":
+            ds.save_whole_state(engine, partial / checkpoint.OPTIMIZER)
+        else:
+            ds.save_state(engine, partial / "engine")
         ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": f"sha256:{attempt.behaviour_sha256}"})
         if dist.get_rank() == 0:
             shutil.copy(attempt.run_folder / "contract.json", partial)
