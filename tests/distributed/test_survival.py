@@ -115,7 +115,7 @@ def test_a_stopped_and_then_a_killed_command_go_on_to_the_same_end(world):
 
 def test_adapters_go_on_with_another_number_of_workers_in_the_same_steps(world):
     recipe = world[0]
-    adapters = ("lora={rank: 4}", "train.epochs=1")
+    adapters = ("lora={rank: 4}", "train.epochs=2")
     one = start(recipe, "adapters-one", *adapters, "scale.num_workers=1")
     assert one.wait(DEADLINE_SECONDS) == 0, one.stderr.read()
     process = start(recipe, "adapters", *adapters, "scale.num_workers=4")
