@@ -116,18 +116,18 @@ def test_the_first_step_is_there_before_the_source_is_read_to_its_end(cluster, m
     seed = next(seed for seed in range(10_000) if windows(slices, 32, seed, 0)[-1][-1] == len(slices) - 1)
     recipe = make_recipe(data={**data, "seed": seed})
     prepared = prepare(recipe)
-    windows = order.train_slices(recipe, prepared.train, Cursor())
-    assert windows[-1][-1][1].path == str(late)
+    drawn = order.train_slices(recipe, prepared.train, Cursor())
+    assert drawn[-1][-1][1].path == str(late)
     late.unlink()
     os.mkfifo(late)  # whoever reads it waits until somebody writes
     rounds = replace(prepared.rounds(), num_steps=2)
-    stream = pipeline.stream(windows, prepared.rendering(), rounds, 1, Cursor())
+    stream = pipeline.stream(drawn, prepared.rendering(), rounds, 1, Cursor())
     (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
     received = batches(shard["train"], recipe.train.global_batch_size)
     tokens = next(received).meta.tokens
     late.write_bytes(written)
     tokens += sum(batch.meta.tokens for batch in received)
-    rendered = [pipeline.render_slice(part, prepared.template, recipe) for window in windows[:-1] for _, part in window]
+    rendered = [pipeline.render_slice(part, prepared.template, recipe) for window in drawn[:-1] for _, part in window]
     assert tokens > sum(len(each.input_ids) for each in rendered)
 
 
