@@ -23,11 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import rendering  # sets the environment of tokenizers
 import datasets
 import numpy as np
 import psutil
 import ray
-import rendering  # sets the environment of tokenizers
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer

@@ -10,11 +10,13 @@ from importlib import import_module
 
 import pytest
 import ray
+from datasets import Dataset
 
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
 from burnish.data.slices import windows
 from burnish.data.tokenizer import load_template
+from burnish.sections import SourceSpec
 from burnish.train.loop import batches
 from burnish.train.prepare import prepare
 from burnish.train.split import OrderedSplit
@@ -145,37 +147,50 @@ def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster,
     assert received == steps(consume(recipe, 1))
 
 
-def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(cluster):
+@pytest.mark.parametrize("library", ["torch", "datasets"])
+def test_a_task_that_is_cancelled_while_it_imports_leaves_a_process_that_works(cluster, tmp_path, library):
     # Defined here, so that its process imports nothing before it runs.
     class Process:
-        def load_twice(self, shared):
-            """What unpickling raises where an interrupt comes in the midst of an import, and what it gives the next time."""
+        def twice(self, interrupted, work, *arguments):
+            """What work raises where an interrupt comes in the midst of an import, and what it gives the next time."""
             import _thread
             import sys
 
-            assert "torch" not in sys.modules
+            assert interrupted not in sys.modules
 
             class Interrupt:
                 def find_spec(self, name, path=None, target=None):
-                    if name == "torch.functional":
+                    if name == interrupted:
                         _thread.interrupt_main()  # as Ray does to cancel a task
 
             sys.meta_path.insert(0, Interrupt())
             try:
-                pipeline.unpickled(shared[0])
+                work(*arguments)
                 raised = None
             except KeyboardInterrupt as error:
                 raised = type(error)
             sys.meta_path.pop(0)
-            return raised, pipeline.unpickled(shared[0]).tensor([1]).tolist()
+            return raised, work(*arguments)
 
     class Torch:
         def __reduce__(self):
             return import_module, ("torch",)
 
+    def unpickle(shared):
+        return pipeline.unpickled(shared[0]).tensor([1]).tolist()
+
+    def read(part):
+        return [row["n"] for _, row in sources.read(part)]
+
     # An actor has a process of its own, and runs its methods where a task runs, on the main thread.
-    raised, tensor = ray.get(ray.remote(Process).remote().load_twice.remote([ray.put(pickle.dumps(Torch()))]))
-    assert raised is KeyboardInterrupt and tensor == [1]
+    process = ray.remote(Process).remote()
+    if library == "torch":
+        answer = process.twice.remote("torch.functional", unpickle, [ray.put(pickle.dumps(Torch()))])
+    else:
+        Dataset.from_list([{"n": 1}]).save_to_disk(tmp_path / "saved")
+        (part,) = sources.index([SourceSpec(path=str(tmp_path / "saved"))], 8).slices
+        answer = process.twice.remote("datasets.streaming", read, part)
+    assert ray.get(answer) == (KeyboardInterrupt, [1])
 
 
 def test_a_data_task_needs_no_torch(cluster, make_recipe):

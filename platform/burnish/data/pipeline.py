@@ -2,10 +2,7 @@
 
 import json
 import pickle
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +21,7 @@ from burnish.data.render import render
 from burnish.data.rendered import Cache, Rendered
 from burnish.data.slices import Slice
 from burnish.data.template import Template
+from burnish.interrupts import uninterrupted
 
 SCHEMA = pa.schema(
     [
@@ -144,29 +142,9 @@ def unpickled(reference: "ray.ObjectRef[bytes]") -> Any:
     if key not in _unpickled:
         payload = ray.get(reference)
         _unpickled.clear()
-        with _uninterrupted():
+        with uninterrupted():
             _unpickled[key] = pickle.loads(payload)
     return _unpickled[key]
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Lets a task that is cancelled end behind the block instead of within.
-
-    Ray cancels a task by an interrupt of its process, and gives the process to the next task. An import of torch that was
-    broken off cannot be repeated in the same process, so every later task there would fail.
-    """
-    if threading.current_thread() is not threading.main_thread():  # where no interrupt arrives
-        yield
-        return
-    interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupts:
-        raise KeyboardInterrupt
 
 
 def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:

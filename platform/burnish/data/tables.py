@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from burnish.data import files
 from burnish.data.slices import Part, Slice
 from burnish.errors import DataError, one_line
+from burnish.interrupts import uninterrupted
 
 DATASET = "dataset:"
 """Begins the path of a data set; behind it stand its folder or Hub id, subset, split and revision as JSON."""
@@ -102,7 +103,8 @@ def _cut(batches: Iterator[Any], at: int, part: Slice) -> Iterator[tuple[int, An
 @lru_cache(maxsize=8)
 def _dataset(path: str) -> Any:
     """A data set of the Hub, or of a folder that the datasets library wrote or can read; raises DataError."""
-    import datasets
+    with uninterrupted():  # a data task may be cancelled here
+        import datasets
 
     folder, subset, split, revision = json.loads(path.removeprefix(DATASET))
     datasets.disable_progress_bars()
