@@ -13,8 +13,8 @@ PACKAGE = ROOT / "platform" / "burnish"
 LAYERS = {
     0: {"errors", "interrupts", "complaint", "sections", "config", "reference"},
     1: {
-        "data.balance", "data.contract", "data.conversation", "data.dye", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality",
-        "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "train.schedule", "sweep.space",
+        "data.balance", "data.contract", "data.conversation", "data.dye", "data.encoding", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality",
+        "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",
     },
     2: {
         "data.pipeline", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",

@@ -18,9 +18,11 @@ import numpy as np
 
 from burnish.data.contract import differ
 from burnish.data.conversation import Conversation, Message, Refused
-from burnish.data.dye import Trace, trace
+from burnish.data.dye import trace
+from burnish.data.encoding import Encoding
 from burnish.data.packing import Sample
-from burnish.data.template import Encoding, Template
+from burnish.data.template import Template
+from burnish.data.trace import Trace
 
 _APART = {"not-prefix-stable", "prompt-tokens"}
 """Why a turn cannot share a later turn's sample, and can have one of its own."""

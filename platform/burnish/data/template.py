@@ -13,22 +13,15 @@ from tokenizers import pre_tokenizers
 
 from burnish.data import syntax
 from burnish.data.conversation import Conversation, Message, Refused, strings
+from burnish.data.encoding import Encoding, Spelling
 from burnish.errors import DataError
 
 _KEPT_ENDINGS = 1024
 """Different endings of prompts whose tokens are kept; templates have a handful, each a few characters long."""
 
 
-_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-_BYTES = {letter: ord(letter) for letter in _LETTERS if ord(letter) < 256} | dict(
-    zip(
-        [letter for letter in _LETTERS if ord(letter) >= 256],
-        [byte for byte in range(256) if chr(byte) not in _LETTERS],
-        strict=True,
-    )
-)
-"""The byte for which each letter of a byte-level vocabulary stands: printable ones for themselves, the others in order from
-U+0100 on (GPT-2, encoder.py, bytes_to_unicode)."""
+_KEPT_WORDS = 1 << 17
+"""Different words whose tokens the tokenizer keeps, about 20 MB; the library keeps 10,000, which texts of code exhaust."""
 
 
 class Tokenizer(Protocol):
@@ -48,36 +41,6 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
         """The text of token ids."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Tokens of `text`, ids int32 [n]; `cuts` are the positions of control tokens, `stops` those of stop tokens.
-
-    Token i came from characters [starts[i], ends[i]) of the text (int32 [n]); where a character takes several tokens,
-    each of them has it whole.
-    """
-
-    text: str
-    ids: NDArray[np.int32]
-    cuts: NDArray[np.intp]
-    stops: NDArray[np.intp]
-    starts: NDArray[np.int32]
-    ends: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """The bytes of every token laid end to end: token i is `data[starts[i] : starts[i] + sizes[i]]`."""
-
-    data: NDArray[np.uint8]
-    starts: NDArray[np.int32]
-    sizes: NDArray[np.int32]
-
-    def of(self, ids: NDArray[np.int32], sizes: NDArray[np.int32]) -> bytes:
-        """The bytes that these tokens spell; `sizes` are their own."""
-        moved = self.starts[ids] + sizes - np.cumsum(sizes, dtype=np.int32)
-        return bytes(self.data[np.repeat(moved, sizes) + np.arange(sizes.sum(), dtype=np.int32)])
 
 
 @dataclass(frozen=True)
@@ -144,7 +107,13 @@ class Template:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        if hasattr(backend.model, "_resize_cache"):
+            backend.model._resize_cache(_KEPT_WORDS)
         return backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled backend has forgotten what `_backend` sets: special tokens inside texts would be read as such again.
+        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
 
     @cached_property
     def _endings(self) -> dict[str, NDArray[np.int32]]:
@@ -171,14 +140,12 @@ class Template:
 
     def encode(self, text: str) -> Encoding:
         """The tokens of rendered text; special tokens come from the text alone, so a BOS is never doubled."""
-        spelling = self._spelling
-        if spelling:
+        if self._spelling:
             # Without offsets the same ids come faster; what they spell says where they stand.
             ids = np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
-            data = text.encode()
-            sizes = spelling.sizes[ids]
-            if int(sizes.sum()) == len(data) and spelling.of(ids, sizes) == data:
-                return self._encoding(text, ids, *_edges(text, sizes))
+            found = self._spelling.edges(ids, text)
+            if found:
+                return self._encoding(text, ids, *found)
         whole = self._backend.encode(text, add_special_tokens=False)
         edges = np.array(whole.offsets, np.int32).reshape(-1, 2)
         return self._encoding(text, np.array(whole.ids, np.int32), edges[:, 0], edges[:, 1])
@@ -187,18 +154,12 @@ class Template:
         return Encoding(text, ids, np.flatnonzero(self._cuts[ids]), np.flatnonzero(self._stops[ids]), starts, ends)
 
     @cached_property
-    def _spelling(self) -> "_Spelling | None":
-        """The bytes that each id of a byte-level vocabulary stands for; None for another vocabulary."""
+    def _spelling(self) -> Spelling | None:
+        """What the tokens of a byte-level vocabulary spell; None for another vocabulary."""
         if (self.vocabulary().get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = {i: str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
-        spelled = [b""] * (1 + max(vocabulary.values()))
-        for token, i in vocabulary.items():
-            own = i not in added and all(letter in _BYTES for letter in token)
-            spelled[i] = bytes(_BYTES[letter] for letter in token) if own else token.encode()
-        sizes = np.array([len(each) for each in spelled], np.int32)
-        return _Spelling(np.frombuffer(b"".join(spelled), np.uint8), np.cumsum(sizes, dtype=np.int32) - sizes, sizes)
+        return Spelling.of(self._backend.get_vocab(with_added_tokens=True), added)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """The text of token ids, special tokens included."""
@@ -301,12 +262,3 @@ class Template:
                         f"the text holds the control token {found[0]!r}, which a server would read as one; take it out",
                         turn if turn < len(conversation.messages) else None,
                     )
-
-
-def _edges(text: str, sizes: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First character and the one after the last, of tokens that spell a text with `sizes` bytes each, none of them 0."""
-    ends = np.cumsum(sizes, dtype=np.int32)
-    if text.isascii():
-        return ends - sizes, ends
-    begun = np.cumsum((np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80, dtype=np.int32)
-    return begun[ends - sizes] - 1, begun[ends - 1]

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,23 @@ class _Direct:
         """The text that the tokenizer's own method gives for `tokenize=False`."""
         given = {name: kwargs.pop(name) for name in ("tools", "add_generation_prompt")}
         assert not kwargs.pop("tokenize")
-        compiled = _compile_jinja_template(kwargs.pop("chat_template"))
+        compiled, functions = _compiled(kwargs.pop("chat_template"))
         shown = {"messages": _alias_reasoning_fields(conversation), "documents": None, **given, **self._clock}
-        return str(compiled.render(**shown, **{**self._special, **_plain_template_data(kwargs)}))
+        # A variable of a row that hides what is shown raises TypeError, as it does in transformers.
+        shown = dict(**shown, **{**self._special, **_plain_template_data(kwargs)})
+        return "".join(compiled.root_render_func(compiled.new_context({**functions, **shown}, shared=True)))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)  # pickle asks before there is a tokenizer to ask
         return getattr(self._tokenizer, name)
+
+
+@lru_cache
+def _compiled(source: str) -> tuple[Any, dict[str, Any]]:
+    """A template, and the functions that every template can call; Jinja would gather these anew for each render."""
+    compiled = _compile_jinja_template(source)
+    return compiled, dict(compiled.globals)
 
 
 def load_template(recipe: Recipe, date: str | None = None) -> Template:

@@ -1,5 +1,7 @@
 """A template with its tokenizer: what makes it unusable, and its tokens."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,6 +46,15 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here():
     template = Template(tokenizer, CHATML, {}, frozenset([2]))
     text = "one two three four five six seven"
     assert template.decode(template.encode(text).ids) == text
+
+
+def test_a_tokenizer_that_splits_special_tokens_does_so_in_every_process():
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.split_special_tokens = True
+    template = Template(tokenizer, CHATML, {}, frozenset([2]))
+    ids = template.encode("<|im_end|>").ids
+    assert len(ids) > 1
+    assert pickle.loads(pickle.dumps(template)).encode("<|im_end|>").ids.tolist() == ids.tolist()
 
 
 def test_prompt_tokens_found_at_the_end_alone_are_those_of_the_whole_prompt():

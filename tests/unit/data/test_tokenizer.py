@@ -6,6 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from burnish.data.contract import renders
+from burnish.data.conversation import Conversation, Refused
 from burnish.data.template import Template
 from burnish.data.tokenizer import dated
 from tests.conftest import CHATML, make_tokenizer
@@ -39,3 +40,13 @@ def test_a_tokenizer_that_renders_in_a_way_of_its_own_keeps_it():
     tokenizer.apply_chat_template = lambda conversation, **more: own(conversation, **more).replace("Hi", "Ho")
     template = dated(tokenizer, CHATML, {}, frozenset([tokenizer.eos_token_id]), None)
     assert template.tokenizer is tokenizer
+
+
+def test_a_rows_variable_cannot_hide_what_the_template_is_shown():
+    tokenizer = make_tokenizer(CHATML)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    row = {"messages": messages, "chat_template_kwargs": {"messages": []}}
+    conversation = Conversation.parse(row)
+    template = dated(tokenizer, CHATML, {}, frozenset([tokenizer.eos_token_id]), None)
+    with pytest.raises(Refused, match=r"multiple values .* 'messages'"):
+        template.text(conversation.messages, conversation, prompt=True)
