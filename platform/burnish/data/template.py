@@ -19,9 +19,8 @@ from burnish.errors import DataError
 _KEPT_ENDINGS = 1024
 """Different endings of prompts whose tokens are kept; templates have a handful, each a few characters long."""
 
-
-_KEPT_WORDS = 1 << 17
-"""Different words whose tokens the tokenizer keeps, about 20 MB; the library keeps 10,000, which texts of code exhaust."""
+_KEPT_WORDS = 1 << 16
+"""Different words whose tokens the tokenizer keeps: at most 30 MB. The library keeps 10,000, which texts of code exhaust."""
 
 
 class Tokenizer(Protocol):
