@@ -35,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 from burnish.config import Recipe, parse
 from burnish.data import order, pipeline
 from burnish.data.packing import pack
+from burnish.data.stages import Patience, Stages
 from burnish.train.cluster import connected
 from burnish.train.loop import batches
 from burnish.train.prepare import Prepared, prepare
@@ -83,10 +84,11 @@ def streamed(prepared: Prepared, cursor: order.Cursor, until: int | None = None)
     """Tokens received (of the first `until` steps), seconds to the first batch, and the cursor after the last."""
     start = time.perf_counter()
     windows = order.train_slices(prepared.recipe, prepared.train, cursor)
-    stream = pipeline.stream(windows, prepared.rendering(), prepared.rounds(), 1, cursor)
+    stages = Stages()
+    stream = pipeline.stream(windows, prepared.rendering(), prepared.rounds(), 1, cursor, stages)
     (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
     tokens, first, steps = 0, 0.0, 0
-    for batch in batches(shard["train"], prepared.recipe.train.global_batch_size):
+    for batch in batches(shard["train"], prepared.recipe.train.global_batch_size, Patience(3600, stages)):
         first = first or time.perf_counter() - start
         tokens, steps, cursor = tokens + sum(len(ids) for ids, _, _ in batch.packs), steps + 1, batch.meta.cursor
         if steps == until:

@@ -12,6 +12,7 @@ from burnish.config import Recipe
 from burnish.data import order, pipeline, quality, survey
 from burnish.data.order import Cursor
 from burnish.data.quality import Finding
+from burnish.data.stages import Patience, Stages
 from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
 from burnish.train.prepare import prepare
@@ -36,11 +37,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
         found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
         windows = order.train_slices(one_epoch, found.kept(), Cursor())
-        stream = pipeline.stream(windows, rendering, rounds, recipe.scale.num_workers, Cursor())
+        stages = Stages()
+        stream = pipeline.stream(windows, rendering, rounds, recipe.scale.num_workers, Cursor(), stages)
         stream.context.execution_options.preserve_order = True
         stream.context.execution_options.label_selector = labels
-        shares = stream.iter_batches(batch_size=None, batch_format="pyarrow")
-        for number, block in enumerate(shares):
+        shares = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow"))
+        for number, block in enumerate(Patience(recipe.scale.stall_seconds, stages).each(shares)):
             samples += len(block.column("seq_lens").combine_chunks().flatten())
             if number % recipe.scale.num_workers:
                 continue  # the same steps as another worker meets them

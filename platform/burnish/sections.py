@@ -178,6 +178,8 @@ class ScaleSpec(Spec):
     placement: Literal["auto", "by_role", "any"] = "auto"
     """by_role renders and packs on nodes labelled `node-role: data` and trains on those labelled `node-role: train`; any
     takes every node; auto means by_role where nodes of both labels are there at the start."""
+    stall_seconds: float = Field(1800, gt=0)
+    """Seconds without a batch until the run ends and says which stage of the data is starved; the same command goes on."""
 
 
 class CheckpointSpec(Spec):

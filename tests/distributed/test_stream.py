@@ -15,7 +15,9 @@ from datasets import Dataset
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
 from burnish.data.slices import windows
+from burnish.data.stages import Patience, Stages
 from burnish.data.tokenizer import load_template
+from burnish.errors import InfrastructureError
 from burnish.sections import SourceSpec
 from burnish.train.loop import batches
 from burnish.train.prepare import prepare
@@ -31,11 +33,12 @@ def consume(recipe, workers, cursor=None, round_steps=None):
     windows = order.train_slices(recipe, prepared.train, cursor or Cursor())
     rounds = prepared.rounds()
     rounds = replace(rounds, num_steps=round_steps or rounds.num_steps)
-    stream = pipeline.stream(windows, prepared.rendering(), rounds, workers, cursor or Cursor())
+    stages = Stages()
+    stream = pipeline.stream(windows, prepared.rendering(), rounds, workers, cursor or Cursor(), stages)
     shards = OrderedSplit().configure({"train": stream}, workers, None, None)
     share = recipe.train.global_batch_size // workers
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda shard: list(batches(shard["train"], share)), shards))
+        return list(pool.map(lambda shard: list(batches(shard["train"], share, Patience(300, stages))), shards))
 
 
 def steps(received):
@@ -123,14 +126,33 @@ def test_the_first_step_is_there_before_the_source_is_read_to_its_end(cluster, m
     late.unlink()
     os.mkfifo(late)  # whoever reads it waits until somebody writes
     rounds = replace(prepared.rounds(), num_steps=2)
-    stream = pipeline.stream(drawn, prepared.rendering(), rounds, 1, Cursor())
+    stages = Stages()
+    stream = pipeline.stream(drawn, prepared.rendering(), rounds, 1, Cursor(), stages)
     (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
-    received = batches(shard["train"], recipe.train.global_batch_size)
+    received = batches(shard["train"], recipe.train.global_batch_size, Patience(300, stages))
     tokens = next(received).meta.tokens
     late.write_bytes(written)
     tokens += sum(batch.meta.tokens for batch in received)
     rendered = [pipeline.render_slice(part, prepared.template, recipe) for window in drawn[:-1] for _, part in window]
     assert tokens > sum(len(each.input_ids) for each in rendered)
+
+
+def test_a_stall_names_the_stage_that_is_starved_and_its_rows(cluster, make_recipe, tmp_path):
+    path = write_rows(tmp_path / "stuck.jsonl", [conversation(i) for i in range(8)])
+    recipe = make_recipe(data={"train": [{"path": str(path)}], "cache": None})
+    prepared = prepare(recipe)
+    drawn = order.train_slices(recipe, prepared.train, Cursor())
+    written = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)  # whoever reads it waits until somebody writes
+    stages = Stages()
+    stream = pipeline.stream(drawn, prepared.rendering(), prepared.rounds(), 1, Cursor(), stages)
+    (shard,) = OrderedSplit().configure({"train": stream}, 1, None, None)
+    assert "no data task is running" in stages.say()
+    with pytest.raises(InfrastructureError) as caught:
+        next(batches(shard["train"], recipe.train.global_batch_size, Patience(30, stages)))
+    path.write_bytes(written)  # the task can end
+    assert caught.match(rf"no batch for 30 s .*: rendering is at work on {path}#0 and 7 rows behind it for \d+ s on node")
 
 
 def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster, make_recipe, tmp_path):

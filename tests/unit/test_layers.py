@@ -17,7 +17,7 @@ LAYERS = {
         "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",
     },
     2: {
-        "data.pipeline", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
+        "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
     },
     3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
@@ -27,7 +27,7 @@ DOORS = {
     "deepspeed": {"train.engine"},
     "peft": {"train.model", "chat"},
     "mlflow": {"tracking"},
-    "ray.data": {"data.pipeline", "data.survey", "train.split", "train.cluster"},
+    "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
     "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},

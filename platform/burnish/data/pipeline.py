@@ -20,6 +20,7 @@ from burnish.data.packing import Packs, Sample
 from burnish.data.render import render
 from burnish.data.rendered import Cache, Rendered
 from burnish.data.slices import Slice
+from burnish.data.stages import Stages
 from burnish.data.template import Template
 from burnish.interrupts import uninterrupted
 
@@ -85,9 +86,16 @@ class Rounds:
 
 
 def stream(
-    windows: list[list[tuple[Place, Slice]]], rendering: Rendering, rounds: Rounds, num_workers: int, start: Cursor
+    windows: list[list[tuple[Place, Slice]]],
+    rendering: Rendering,
+    rounds: Rounds,
+    num_workers: int,
+    start: Cursor,
+    stages: Stages,
 ) -> ray.data.Dataset:
     """The lazy graph from slices to worker shares, in global order from `start` on; `steps_of` takes a block apart.
+
+    Its tasks tell `stages` what they are at.
 
     Each round of N steps is a block for each worker, of N * G / `num_workers` rows: block b belongs to worker
     b % `num_workers`. A block for each step would cost Ray more than rendering costs us.
@@ -106,11 +114,12 @@ def stream(
     ]
     round_packs = size * rounds.num_steps
     rendered = ray.data.from_items(items, override_num_blocks=len(items) // _TASK_SLICES).map_batches(
-        _slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared]}
+        _slice_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"shared": [shared], "stages": stages}
     )
     # Tasks end where windows end, so that a batch of `longest` slices is exactly a window.
-    packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs={"recipe": recipe, "slices": longest}, **light)
-    arguments = {"rounds": rounds, "num_workers": num_workers, "start": start}
+    told = {"recipe": recipe, "slices": longest, "stages": stages}
+    packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs=told, **light)
+    arguments = {"rounds": rounds, "num_workers": num_workers, "start": start, "stages": stages}
     cut = _cut(packed, round_packs).map_batches(_round_task, batch_size=round_packs, fn_kwargs=arguments, **light)
     return _cut(cut, round_packs // num_workers)
 
@@ -147,11 +156,15 @@ def unpickled(reference: "ray.ObjectRef[bytes]") -> Any:
     return _unpickled[key]
 
 
-def _slice_task(table: pa.Table, shared: list[Any]) -> Iterator[pa.Table]:
+def _slice_task(table: pa.Table, shared: list[Any], stages: Stages) -> Iterator[pa.Table]:
     """Descriptions of slices to their rendered samples, out of the cache where they are there."""
     rendering: Rendering = unpickled(shared[0])
     for item in table.to_pylist():
-        rendered = rendered_slice(Slice(**json.loads(item["slice"])), rendering) if item["slice"] else Rendered.of([], [], 0)
+        rendered = Rendered.of([], [], 0)
+        if item["slice"]:
+            part = Slice(**json.loads(item["slice"]))
+            with stages.at_work("rendering", f"{part.row_name(part.first_row)} and {part.num_rows - 1} rows behind it"):
+                rendered = rendered_slice(part, rendering)
         own = rendered.to_table()
         for name in ("place", "slice"):
             own = own.append_column(name, pa.array([item[name]], pa.string()))
@@ -172,13 +185,14 @@ def rendered_slice(part: Slice, rendering: Rendering) -> Rendered:
     return found
 
 
-def _window_task(table: pa.Table, recipe: Recipe, slices: int) -> pa.Table:
+def _window_task(table: pa.Table, recipe: Recipe, slices: int, stages: Stages) -> pa.Table:
     """The rendered slices of one window to its packs, each with its meta."""
     assert table.num_rows == slices and len(table.column("place").unique()) == 1, "a batch is a window"
     place = Place(**json.loads(table.column("place")[0].as_py()))
     named = table.column("slice").to_pylist()
     parts = [(Slice(**json.loads(text)), Rendered.from_table(table, row)) for row, text in enumerate(named) if text]
-    packs, refused, rows = pack_window(parts, place.epoch, recipe)
+    with stages.at_work("packing", f"window {place.position} of epoch {place.epoch}"):
+        packs, refused, rows = pack_window(parts, place.epoch, recipe)
     trained = packs.trained_tokens()
     # A window whose rows are all refused gives one empty pack, so that its refusals travel like any other's.
     count = max(1, len(packs))
@@ -199,7 +213,7 @@ def _window_task(table: pa.Table, recipe: Recipe, slices: int) -> pa.Table:
     return (_table(packs, metas) if len(packs) else _empty(metas)).slice(place.skip)
 
 
-def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor) -> pa.Table:
+def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor, stages: Stages) -> pa.Table:
     """The packs of a round, cut into steps and dealt to the workers: all steps of the first worker, then of the next.
 
     The first pack of each worker's share of a step has the meta of the step. Of the round at which the stream starts, the
@@ -215,7 +229,8 @@ def _round_task(table: pa.Table, rounds: Rounds, num_workers: int, start: Cursor
     sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     tokens = np.diff(sums[firsts])
     rng = np.random.default_rng([rounds.recipe.data.seed, epoch, position, index])
-    cut = balance.steps(costs, np.array([meta["pack"][0] for meta in metas]), size, rng)
+    with stages.at_work("cutting steps", f"the round from pack {index} of window {position}, epoch {epoch}"):
+        cut = balance.steps(costs, np.array([meta["pack"][0] for meta in metas]), size, rng)
     first = start.taken if (epoch, position, index) == (start.epoch, start.position, start.index) else 0
     share = size // num_workers
     order = np.full((num_workers, rounds.num_steps, share), table.num_rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from burnish.config import Recipe
 from burnish.data.order import Cursor
+from burnish.data.stages import Patience
 
 STOP_FILE = "STOP"
 """A file of this name in the run folder asks the run to save a checkpoint and end."""
@@ -34,3 +35,4 @@ class Attempt:
     behaviour_sha256: str
     run_id: str | None
     cuda: bool
+    patience: Patience

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import order, pipeline, survey
+from burnish.data.stages import Patience, Stages
 from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
 from burnish.report import report
 from burnish.train import checkpoint
@@ -201,6 +202,7 @@ def _fit(
     progress = start.progress if start else Progress()
     windows = order.train_slices(recipe, prepared.train, progress.cursor)
     rendering, rounds, workers = prepared.rendering(), prepared.rounds(), recipe.scale.num_workers
+    stages = Stages()
     attempt = Attempt(
         recipe=recipe.located(),
         run_folder=folder,
@@ -211,13 +213,14 @@ def _fit(
         behaviour_sha256=prepared.contract.behaviour_sha256,
         run_id=run_id,
         cuda=cuda,
+        patience=Patience(recipe.scale.stall_seconds, stages),
     )
     datasets = {}
     if windows:
-        datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor)
+        datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor, stages)
     if prepared.eval is not None:
         held_out = order.eval_slices(recipe, prepared.eval)
-        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor())
+        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor(), stages)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"attempt": attempt},

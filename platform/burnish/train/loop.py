@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from burnish.data import pipeline
 from burnish.data.order import StepMeta
+from burnish.data.stages import Patience
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint
@@ -45,7 +46,7 @@ def train_loop(config: dict[str, Any]) -> None:
     share = recipe.train.global_batch_size // num_workers
     # The data tasks start while the model loads.
     with ThreadPoolExecutor(1) as pool:
-        stream = batches(ray.train.get_dataset_shard("train"), share) if attempt.remains else iter(())
+        stream = batches(ray.train.get_dataset_shard("train"), share, attempt.patience) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
         engine = build(attempt, num_workers)
     progress = attempt.progress
@@ -150,7 +151,7 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         share = attempt.recipe.train.global_batch_size // dist.get_world_size()
-        for batch in batches(ray.train.get_dataset_shard("eval"), share):
+        for batch in batches(ray.train.get_dataset_shard("eval"), share, attempt.patience):
             for input_ids, labels, seq_lens in batch.packs:
                 shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
@@ -189,13 +190,16 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def batches(shard: Any, share: int) -> Iterator[Batch]:
-    """This worker's steps in order, `share` packs each; a block of its stream is its part of a round of steps."""
+def batches(shard: Any, share: int, patience: Patience) -> Iterator[Batch]:
+    """This worker's steps in order, `share` packs each; a block of its stream is its part of a round of steps.
+
+    Raises InfrastructureError where `patience` ends.
+    """
     rows = None
     # With blocks to prefetch, Ray gives the first one only when it has the others; a round lasts many steps.
-    iterator = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    blocks = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     started = time.monotonic()
-    while (block := next(iterator, None)) is not None:
+    for block in patience.each(blocks):
         rows = rows or block.num_rows
         assert block.num_rows == rows and rows % share == 0, f"a block of {block.num_rows} packs is no part of a round"
         for meta, table in pipeline.steps_of(block, share):
