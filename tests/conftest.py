@@ -192,8 +192,11 @@ def ray_folder() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(ray_folder: None) -> Iterator[dict[str, str]]:
-    """A Ray cluster of three nodes on this machine, joined by this process; addresses of its GCS and dashboard."""
+def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
+    """A Ray cluster of three nodes on this machine, joined by this process: addresses of its GCS and dashboard, and `add`.
+
+    `add` adds a node for data with one CPU, and gives what takes it away.
+    """
     import logging
 
     import ray
@@ -211,23 +214,28 @@ def cluster(ray_folder: None) -> Iterator[dict[str, str]]:
                 "object_store_memory": 200 << 20,
             },
         )  # fmt: skip
-        for number in range(2):
+
+        def add(num_cpus: int = 1, role: str = "data") -> Callable[[], None]:
             ports = free_ports(2)
-            # A folder of its own, as on a machine of its own: nodes that share one unpack a job's code over each other.
-            own = f"{folder}/{number}"
-            nodes.add_node(
-                num_cpus=3,
-                temp_dir=own,
+            node = nodes.add_node(
+                num_cpus=num_cpus,
+                labels={"node-role": role},
+                # A folder of its own, as on a machine of its own: nodes that share one unpack a job's code over each other.
+                temp_dir=f"{folder}/{ports[0]}",
                 dashboard_agent_listen_port=ports[0],
                 metrics_agent_port=ports[1],
                 object_store_memory=200 << 20,
             )
+            return lambda: nodes.remove_node(node, allow_graceful=False)
+
+        for _ in range(2):
+            add(3, "any")
         nodes.wait_for_nodes()
         # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
         write_ray_address(nodes.address, folder)
         ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield {"gcs": nodes.address, "dashboard": f"http://127.0.0.1:{dashboard}"}
+        yield {"gcs": nodes.address, "dashboard": f"http://127.0.0.1:{dashboard}", "add": add}
         ray.shutdown()
         nodes.shutdown()

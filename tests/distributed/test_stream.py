@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 
@@ -151,8 +153,44 @@ def test_a_stall_names_the_stage_that_is_starved_and_its_rows(cluster, make_reci
     assert "no data task is running" in stages.say()
     with pytest.raises(InfrastructureError) as caught:
         next(batches(shard["train"], recipe.train.global_batch_size, Patience(30, stages)))
-    path.write_bytes(written)  # the task can end
+    with open(os.open(path, os.O_RDWR), "wb") as pipe:  # neither waits for the task nor fails without it
+        pipe.write(written)
     assert caught.match(rf"no batch for 30 s .*: rendering is at work on {path}#0 and 7 rows behind it for \d+ s on node")
+
+
+def test_a_data_node_that_is_added_renders_beside_the_others(cluster, make_recipe, tmp_path):
+    paths = [tmp_path / f"{number}.jsonl.gz" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(gzip.compress("\n".join(json.dumps(conversation(8 * number + i)) for i in range(8)).encode()))
+    recipe = make_recipe(data={"train": [{"path": str(path)} for path in paths], "window_rows": 32, "cache": None})
+    prepared = prepare(recipe)
+    drawn = order.train_slices(recipe, prepared.train, Cursor())
+    expected = sum(len(pipeline.render_slice(part, prepared.template, recipe).input_ids) for _, part in drawn[0])
+    written = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.unlink()
+        os.mkfifo(path)  # each of the two tasks waits until somebody writes
+    stages = Stages()
+    stream = pipeline.stream(drawn, prepared.rendering(), prepared.rounds(), 1, Cursor(), stages)
+    (shard,) = OrderedSplit({"node-role": "data"}).configure({"train": stream}, 1, None, None)
+    received = batches(shard["train"], recipe.train.global_batch_size, Patience(300, stages))
+
+    def wait_until_at_work(tasks: int) -> str:
+        deadline = time.monotonic() + 120
+        while not (said := stages.say()).startswith("rendering is at work") or (tasks > 1) != ("1 more task" in said):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        return said
+
+    with ThreadPoolExecutor(5) as pool, ExitStack() as nodes:
+        tokens = pool.submit(lambda: sum(batch.meta.tokens for batch in received))
+        nodes.callback(cluster["add"]())
+        assert "1 more" not in wait_until_at_work(1)
+        nodes.callback(cluster["add"]())
+        wait_until_at_work(2)
+        for path, data in written.items():
+            pool.submit(path.write_bytes, data)
+        assert tokens.result() == expected
 
 
 def test_a_fractional_weight_keeps_a_seeded_share_that_differs_by_epoch(cluster, make_recipe, tmp_path):

@@ -40,6 +40,10 @@ rendering, but Ray Data deals CPUs to all operators alike, as long as they do no
 _TASK_SLICES = 2
 """Slices that one task renders: between two tasks a CPU waits for Ray."""
 
+_BLOCK_BYTES, _RESERVED = 4 << 20, 0.1
+"""Largest block, and share of its memory that Ray Data keeps for each operator apart. With its own 128 MiB and 0.5, a window
+in one block is more than an operator may put out, and Ray moves it after ten idle seconds (benchmarks/large.py)."""
+
 
 def render_row(row: Any, template: Template, recipe: Recipe) -> list[Sample]:
     """The samples of one source row; raises Refused. A row that could not be read comes as its Refused."""
@@ -121,7 +125,10 @@ def stream(
     packed = rendered.map_batches(_window_task, batch_size=longest, fn_kwargs=told, **light)
     arguments = {"rounds": rounds, "num_workers": num_workers, "start": start, "stages": stages}
     cut = _cut(packed, round_packs).map_batches(_round_task, batch_size=round_packs, fn_kwargs=arguments, **light)
-    return _cut(cut, round_packs // num_workers)
+    shares = _cut(cut, round_packs // num_workers)
+    shares.context.target_max_block_size = _BLOCK_BYTES
+    shares.context.op_resource_reservation_ratio = _RESERVED
+    return shares
 
 
 def steps_of(block: pa.Table, share: int) -> Iterator[tuple[StepMeta, pa.Table]]:

@@ -41,7 +41,7 @@ class _Record:
         if not working:
             return f"no data task is running (ended so far: {done}); the next one waits for a free CPU on a node for data"
         begun, stage, work, address = working[0]
-        others = f", and {len(working) - 1} more tasks" if len(working) > 1 else ""
+        others = f", and {len(working) - 1} more task{'s' * (len(working) > 2)}" if len(working) > 1 else ""
         place = f"for {time.monotonic() - begun:.0f} s on node {address}{others}"
         return f"{stage} is at work on {work} {place} (ended so far: {done})"
 
