@@ -126,10 +126,10 @@ def by_trl(tokenizer: Any, talks: list[dict[str, object]]) -> int:
     return sum(map(len, done["input_ids"]))
 
 
-def timed(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Units a second of each contender, interleaved; the first round only warms up."""
+def timed(contenders: dict[str, Callable[[], int]], rounds: int, warm: bool) -> dict[str, list[float]]:
+    """Units a second of each contender, interleaved; if `warm`, after a round that does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for number in range(0 if warm else 1, rounds + 1):
         for name, work in contenders.items():
             start = time.perf_counter()
             made = work()
@@ -169,7 +169,7 @@ def packing(rounds: int) -> dict[str, list[float]]:
         trl.pack_dataset(rows, CAPACITY, "bfd")
         return len(lengths)
 
-    return timed({"TRL, pack_dataset bfd": theirs, "burnish, windows of 4,096": ours}, rounds)
+    return timed({"TRL, pack_dataset bfd": theirs, "burnish, windows of 4,096": ours}, rounds, warm=True)
 
 
 def memory(folder: Path, copies: int) -> int:
@@ -219,6 +219,7 @@ def main() -> None:
                     "TRL, two processes": lambda: by_trl(tokenizer, talks),
                 },
                 options.rounds,
+                warm=False,  # each starts its own processes, every time
             )
             table("Conversations to packed, masked batches", "M tokens a second", speeds, 1e6)
             firsts(prepared, folder)

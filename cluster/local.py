@@ -45,7 +45,8 @@ def free_ports(count: int) -> list[int]:
 def start(nodes: int, cpus: int, dashboard: int, folder: str) -> Cluster:
     """A cluster whose nodes have all joined; `folder` is short, because Unix sockets lie in it."""
     # Ray keeps what no node's own folder has under this one, and does not make it.
-    os.environ["RAY_TMPDIR"] = folder
+    # Data tasks find their processes again (train/cluster.py:KEEP_IDLE).
+    os.environ |= {"RAY_TMPDIR": folder, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     Path(folder, "ray").mkdir()
     agent, metrics, client = free_ports(3)
     head = {

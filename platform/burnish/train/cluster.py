@@ -16,6 +16,10 @@ DATA_CPUS = 2
 ROLE = "node-role"
 """Label of nodes: `data` for those that render and pack, `train` for those that train (k8s/, cluster/)."""
 
+KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
+"""What a node for data has in its environment. Light data tasks make more processes than there are CPUs; by default Ray ends those
+idle for a second, and the next task waits for a new one, which loads the tokenizer again."""
+
 
 @contextmanager
 def connected(num_workers: int, dashboard: bool = False) -> Iterator[None]:
@@ -47,6 +51,7 @@ def _joined(num_workers: int, dashboard: bool) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault(*KEEP_IDLE)
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if address:
