@@ -17,8 +17,8 @@ ROLE = "node-role"
 """Label of nodes: `data` for those that render and pack, `train` for those that train (k8s/, cluster/)."""
 
 KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
-"""What a node for data has in its environment. Light data tasks make more processes than there are CPUs; by default Ray ends those
-idle for a second, and the next task waits for a new one, which loads the tokenizer again."""
+"""What a node for data has in its environment. Light data tasks make more processes than there are CPUs; by default Ray ends
+those idle for a second, and the next task waits for a new one, which loads the tokenizer again."""
 
 
 @contextmanager
