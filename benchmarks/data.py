@@ -1,6 +1,6 @@
 """The data plane against its peers, in one run on this machine.
 
-    .venv/bin/python benchmarks/data.py [--rows 3000] [--rounds 3]
+    .venv/bin/python benchmarks/data.py [--rows 3000] [--rounds 3] [--part packing|stream|memory]
 
 Conversations are those of benchmarks/rendering.py. `stream` is what a training worker receives through Ray Data (two data
 tasks at a time); `processes` calls the same functions in two plain processes; `TRL` is SFTTrainer's preparation: its chat
@@ -194,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--part", choices=("packing", "stream", "memory"), action="append", help="only this part")
     parser.add_argument("--streams", type=Path, help="only stream the rows of this folder, to be watched")
     parser.add_argument("--copies", type=int, default=1)
     options = parser.parse_args()
@@ -206,29 +207,43 @@ def main() -> None:
             streamed(prepared, order.Cursor())
         return
     print(f"trl {trl.__version__}, ray {ray.__version__}, {options.rows} conversations, {options.rounds} rounds")
-    table("Packing alone", "thousand samples a second", packing(options.rounds), 1e3)
+    parts = options.part or ("packing", "stream", "memory")
+    if "packing" in parts:
+        table("Packing alone", "thousand samples a second", packing(options.rounds), 1e3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, talks = world(folder, options.rows)
-        prepared = prepare(recipe_of(folder))
-        with connected(0):  # two CPUs, for data tasks alone
-            speeds = timed(
-                {
-                    "burnish, two plain processes": lambda: in_processes(prepared),
-                    "burnish, stream of Ray Data": lambda: streamed(prepared, order.Cursor())[0],
-                    "TRL, two processes": lambda: by_trl(tokenizer, talks),
-                },
-                options.rounds,
-                warm=False,  # each starts its own processes, every time
-            )
-            table("Conversations to packed, masked batches", "M tokens a second", speeds, 1e6)
-            firsts(prepared, folder)
-        with open(folder / "few.jsonl", "w") as file:
-            file.writelines(json.dumps(talk) + "\n" for talk in talks[:400])
-        most = {copies: memory(folder, copies) for copies in (1, 4, 16)}
-        print("\n### Memory\n\n| data set | largest sum of the processes' own memory |\n|---|---|")
-        for copies, size in most.items():
-            print(f"| {400 * copies:,} conversations | {size / 1e6:,.0f} MB, {size / most[1]:.2f} times |")
+        if "stream" in parts:
+            streams(folder, tokenizer, talks, options.rounds)
+        if "memory" in parts:
+            sizes(folder, talks[: options.rows // 12])
+
+
+def streams(folder: Path, tokenizer: Any, talks: list[dict[str, object]], rounds: int) -> None:
+    """The stream against its peers, and its seconds to the first batch."""
+    prepared = prepare(recipe_of(folder))
+    with connected(0):  # two CPUs, for data tasks alone
+        speeds = timed(
+            {
+                "burnish, two plain processes": lambda: in_processes(prepared),
+                "burnish, stream of Ray Data": lambda: streamed(prepared, order.Cursor())[0],
+                "TRL, two processes": lambda: by_trl(tokenizer, talks),
+            },
+            rounds,
+            warm=False,  # each starts its own processes, every time
+        )
+        table("Conversations to packed, masked batches", "M tokens a second", speeds, 1e6)
+        firsts(prepared, folder)
+
+
+def sizes(folder: Path, few: list[dict[str, object]]) -> None:
+    """The memory of the whole pipeline for a twelfth of the conversations, streamed once, 4 and 16 times."""
+    with open(folder / "few.jsonl", "w") as file:
+        file.writelines(json.dumps(talk) + "\n" for talk in few)
+    most = {copies: memory(folder, copies) for copies in (1, 4, 16)}
+    print("\n### Memory\n\n| data set | largest sum of the processes' own memory |\n|---|---|")
+    for copies, size in most.items():
+        print(f"| {len(few) * copies:,} conversations | {size / 1e6:,.0f} MB, {size / most[1]:.2f} times |")
 
 
 def firsts(prepared: Prepared, folder: Path) -> None:

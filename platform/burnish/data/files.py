@@ -46,7 +46,8 @@ def expand(path: str) -> list[str]:
     try:
         found = _expand_remote(path) if is_remote(path) else _expand_local(path)
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be reached: {one_line(error)}") from None
+        advice = "; check the name and the credentials in every node's environment (as AWS_ACCESS_KEY_ID)"
+        raise DataError(f"{path}: cannot be reached: {one_line(error)}{advice if is_remote(path) else ''}") from None
     strange = [file for file in found if kind_of(file) is None]
     if strange:
         endings = ", ".join(ending for endings in KINDS.values() for ending in endings[:1])

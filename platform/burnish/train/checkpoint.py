@@ -2,8 +2,7 @@
 
     checkpoints/step-00000050/
         weights.safetensors     the trained weights, gathered: all of them, or the adapter
-        optimizer.safetensors   of adapters: float32 masters and moments, whole, for any number of workers
-        engine/state/           of all weights: DeepSpeed's sharded state, for as many workers as wrote it
+        optimizer/              float32 masters and moments, each worker's part in a file, for any number of workers
         contract.json           the template contract of the run
         manifest.json           written last: step, cursor, workers, contract, size and sha256 of every file
 
@@ -29,11 +28,10 @@ from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError, one_line
 from burnish.train.attempt import Progress
 
-_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 WEIGHTS = "weights.safetensors"
 """The file of a checkpoint with the trained weights."""
-OPTIMIZER = "optimizer.safetensors"
-"""The file of a checkpoint with the whole state of the optimizer, where it is written whole."""
+OPTIMIZER = "optimizer"
+"""The folder of a checkpoint with the state of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,6 @@ class Checkpoint:
     progress: Progress
     num_workers: int
     behaviour_sha256: str
-
-    def can_go_on_with(self, num_workers: int) -> bool:
-        """Whether as many workers can read it."""
-        return num_workers == self.num_workers or (self.path / OPTIMIZER).exists()
 
 
 @contextmanager
@@ -73,10 +67,7 @@ def writing(folder: Path, progress: Progress, keep: int, behaviour_sha256: str) 
             os.replace(partial, final)
             _keep(folder, keep)
         dist.barrier()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its file writer; any other one is not the storage's.
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
-            raise
+    except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free / 2**20
         raise InfrastructureError(
             f"the checkpoint of step {progress.step} could not be written to {folder} ({free:,.0f} MiB free): "

@@ -1,6 +1,10 @@
 """DeepSpeed: the one place that knows how it is configured, stepped and gathered."""
 
+import json
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +22,8 @@ import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -109,46 +115,37 @@ def load_weights(model: torch.nn.Module, file: Path) -> None:
             parameter.copy_(weights[name])
 
 
-def save_state(engine: Engine, folder: Path) -> None:
-    """Writes what DeepSpeed needs to go on, each worker its part; frozen weights are left out. A collective call."""
-    engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+def save_optimizer(engine: Engine, folder: Path) -> None:
+    """Writes this worker's part of AdamW's float32 masters and moments of every trained weight. A collective call.
 
-
-def load_state(engine: Engine, folder: Path) -> None:
-    """Reads what `save_state` wrote, with the same number of workers. A collective call.
-
-    The files are pickles: the caller has verified them against a manifest.
-    """
-    engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-
-
-def save_whole_state(engine: Engine, file: Path) -> None:
-    """Writes the float32 master and AdamW's moments of every trained weight, whole, on world rank 0. A collective call.
-
-    It is read back on any number of workers and with any ZeRO stage. All of it goes through the memory of rank 0, so it is
-    for adapters.
+    A file a worker, of flat ranges: laid end to end in the order of the workers, the parts of a tensor are the whole. So
+    any number of workers can read them, each no more than it keeps.
     """
     if not _stepped(engine).state:
         _begin_moments(engine, 0.0)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in _trained(engine):
-        for key in (_MASTER, *_MOMENTS):
-            whole = _gathered(engine, parameter, key)
-            if dist.get_rank() == 0:
-                tensors[f"{name}:{key}"] = whole.detach().to("cpu", copy=True).contiguous()
-    if dist.get_rank() == 0:
-        # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
-        steps = next(float(state["step"]) for state in _stepped(engine).state.values())
-        save_file(tensors, file, metadata={"format": "pt", "steps": str(steps)})
+    parts = {
+        f"{name}:{key}": _part(engine, parameter, key).to("cpu", copy=True).contiguous()
+        for name, parameter in _trained(engine)
+        for key in (_MASTER, *_MOMENTS)
+    }
+    # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
+    steps = next(float(state["step"]) for state in _stepped(engine).state.values())
+    about = {"format": "pt", "steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
+    folder.mkdir(exist_ok=True)
+    save_file(parts, folder / f"{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors", metadata=about)
 
 
-def load_whole_state(engine: Engine, file: Path) -> None:
-    """Reads what `save_whole_state` wrote. The model had its weights (`load_weights`) before DeepSpeed took it."""
-    with safe_open(file, "pt") as stored:
-        _begin_moments(engine, float(stored.metadata()["steps"]))
+def load_optimizer(engine: Engine, folder: Path) -> None:
+    """Reads what any number of workers wrote. The model had its weights (`load_weights`) before DeepSpeed took it."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
+        about = files[0].metadata()
+        _begin_moments(engine, float(about["steps"]))
         for name, parameter in _trained(engine):
             for key in (_MASTER, *_MOMENTS):
-                _scatter(engine, parameter, key, stored.get_tensor(f"{name}:{key}"))
+                _fill(engine, parameter, key, partial(_range, files, f"{name}:{key}"))
+        for name, value in json.loads(about["loss_scale"]).items():
+            setattr(_scaler(engine), name, value)
 
 
 _MASTER, _MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -184,8 +181,20 @@ def _begin_moments(engine: Engine, steps: float) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _gathered(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    """The whole float32 master or moment of a weight, on every worker. A collective call."""
+def _part(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    """This worker's range of the flat float32 master or moment of a weight. A collective call."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if engine.zero_optimization_stage() == 3:
+        own = safe_get_local_fp32_param(parameter) if key == _MASTER else safe_get_local_optimizer_state(parameter, key)
+        # The last parts are filled up where a weight does not divide evenly.
+        return own[: max(0, parameter.ds_numel - parameter.partition_numel() * rank)]  # type: ignore[attr-defined,no-any-return]
+    whole = _whole(engine, parameter, key).flatten()
+    size = -(-whole.numel() // world)
+    return whole[size * rank : size * (rank + 1)]
+
+
+def _whole(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    """The master or moment of a weight, below ZeRO-3, on every worker. A collective call."""
     whole: torch.Tensor
     if engine.zero_optimization_stage() == 0:
         master = _masters(engine)[parameter]
@@ -197,21 +206,44 @@ def _gathered(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.
     return whole
 
 
-def _scatter(engine: Engine, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
-    """Keeps this worker's part of a whole master or moment."""
-    whole = whole.to(engine.device)
-    if engine.zero_optimization_stage() == 0:
-        _gathered(engine, parameter, key).data.copy_(whole)
-    elif engine.zero_optimization_stage() == 3:
-        # DeepSpeed's setter of whole values cannot fill the last part where a weight does not divide evenly.
+def _range(files: list[Any], name: str, start: int, end: int) -> torch.Tensor:
+    """Elements `start` to `end` of a flat tensor whose parts lie in these files, or as many as there are."""
+    found, at = [torch.empty(0)], 0
+    for file in files:
+        part = file.get_slice(name)
+        (size,) = part.get_shape()
+        if at < end and start < at + size:
+            found.append(part[max(start - at, 0) : min(end - at, size)])
+        at += size
+    return torch.cat(found)
+
+
+def _fill(engine: Engine, parameter: torch.nn.Parameter, key: str, stored: Callable[[int, int], torch.Tensor]) -> None:
+    """Sets this worker's part of a master or moment from its flat range (start, end)."""
+    if engine.zero_optimization_stage() == 3:
         size, rank = parameter.partition_numel(), dist.get_rank()  # type: ignore[attr-defined]
-        padded = torch.nn.functional.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
-        part = padded[size * rank : size * (rank + 1)]
+        part = stored(size * rank, size * (rank + 1))
+        part = torch.nn.functional.pad(part, (0, size - part.numel())).to(engine.device)
         if key == _MASTER:
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, key)
+        return
+    whole = stored(0, parameter.numel()).view_as(parameter).to(engine.device)
+    if engine.zero_optimization_stage() == 0:
+        _whole(engine, parameter, key).data.copy_(whole)
     elif key == _MASTER:
         safe_set_full_fp32_param(parameter, whole)
     else:
         safe_set_full_optimizer_state(parameter, whole, key)
+
+
+def _scaler(engine: Engine) -> Any:
+    """What holds the scale of float16's loss: DeepSpeed's scaler with ZeRO, its wrapper of AdamW without; else nothing."""
+    return getattr(engine.optimizer, "loss_scaler", getattr(engine.optimizer, "loss_scale_config", None))
+
+
+def _loss_scale(engine: Engine) -> dict[str, float | None]:
+    """The scale of float16's loss, and what decides when it changes; every worker has the same."""
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return {name: getattr(_scaler(engine), name) for name in names if hasattr(_scaler(engine), name)}

@@ -147,11 +147,8 @@ def _attempt_until_done(
     failures, reached = 0, -1
     while True:
         start = checkpoint.newest(folder / "checkpoints")
-        if start is not None and not start.can_go_on_with(prepared.recipe.scale.num_workers):
-            raise RecipeError(
-                f"scale.num_workers: the checkpoints of this run were written by {start.num_workers} workers, and only "
-                f"adapters can go on with another number; write scale.num_workers: {start.num_workers}"
-            )
+        if start is not None and not (start.path / checkpoint.OPTIMIZER).is_dir():
+            raise RecipeError(f"name: {start.path} was written by a version whose checkpoints differ. Choose a new name")
         progress = start.progress if start else Progress()
         failures = failures if progress.step == reached else 0
         reached = progress.step

@@ -87,13 +87,9 @@ def build(attempt: Attempt, num_workers: int) -> ds.Engine:
     model = build_model(recipe, attempt.cuda)
     if resume is None:
         return ds.build_engine(recipe, model, num_workers)
-    if not (resume / checkpoint.OPTIMIZER).exists():
-        engine = ds.build_engine(recipe, model, num_workers)
-        ds.load_state(engine, resume / "engine")
-        return engine
     ds.load_weights(model, resume / checkpoint.WEIGHTS)
     engine = ds.build_engine(recipe, model, num_workers)
-    ds.load_whole_state(engine, resume / checkpoint.OPTIMIZER)
+    ds.load_optimizer(engine, resume / checkpoint.OPTIMIZER)
     return engine
 
 
@@ -175,11 +171,7 @@ def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
     """One checkpoint of this run. A collective call."""
     folder, keep = attempt.run_folder / "checkpoints", attempt.recipe.checkpoint.keep
     with checkpoint.writing(folder, progress, keep, attempt.behaviour_sha256) as partial:
-        # The scale of float16's loss stands in DeepSpeed's own state alone.
-        if attempt.recipe.lora is not None and attempt.recipe.model.dtype != "float16":
-            ds.save_whole_state(engine, partial / checkpoint.OPTIMIZER)
-        else:
-            ds.save_state(engine, partial / "engine")
+        ds.save_optimizer(engine, partial / checkpoint.OPTIMIZER)
         ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": f"sha256:{attempt.behaviour_sha256}"})
         if dist.get_rank() == 0:
             shutil.copy(attempt.run_folder / "contract.json", partial)

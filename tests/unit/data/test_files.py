@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -152,6 +153,19 @@ def test_a_server_that_is_not_there_is_said_so(s3, monkeypatch):
     url = f"s3://bucket/rows/a.jsonl?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
     with pytest.raises(DataError, match="cannot be reached"):
         rows_of(path=url)
+
+
+def test_credentials_that_the_server_refuses_are_said_so(s3):
+    put(s3, "bucket/rows/a.jsonl", b"{}\n")
+    from moto.core.responses import ActionAuthenticatorMixin, settings
+
+    with pytest.MonkeyPatch.context() as patch:  # from now on the server asks who it is
+        patch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
+        patch.setattr(ActionAuthenticatorMixin, "request_count", 0)
+        for path in ("s3://bucket/rows/a.jsonl", "s3://bucket/rows", "s3://bucket/rows/*.jsonl"):
+            with pytest.raises(DataError, match=rf"^{re.escape(path)}: .*ACCESS_DENIED.* credentials in every node"):
+                rows_of(path=path)
+    assert rows_of(path="s3://bucket/rows/a.jsonl") == [{}]
 
 
 def test_credentials_in_a_path_are_refused(make_recipe):

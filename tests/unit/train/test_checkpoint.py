@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError
@@ -15,8 +16,8 @@ from tests.conftest import free_ports
 def write(folder, step, content=b"weights"):
 
     path = folder / f"step-{step:08d}"
-    (path / "engine").mkdir(parents=True)
-    files = {"weights.safetensors": content, "engine/state.pt": b"state"}
+    (path / "optimizer").mkdir(parents=True)
+    files = {"weights.safetensors": content, "optimizer/0": b"state"}
     for name, data in files.items():
         (path / name).write_bytes(data)
     manifest = {
@@ -45,9 +46,9 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
     if damage == "truncated":
         (path / "weights.safetensors").write_bytes(b"weight")
     elif damage == "changed":
-        (path / "engine/state.pt").write_bytes(b"stale")
+        (path / "optimizer/0").write_bytes(b"stale")
     elif damage == "missing":
-        (path / "engine/state.pt").unlink()
+        (path / "optimizer/0").unlink()
     elif damage == "no manifest":
         (path / "manifest.json").unlink()
     elif damage == "torn manifest":
@@ -81,7 +82,7 @@ def test_a_checkpoint_appears_when_its_block_ends_and_the_newest_are_kept(tmp_pa
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")],
+    [OSError(28, "No space left on device"), SafetensorError("Error while serializing: I/O error: No space left on device")],
 )
 def test_a_full_disk_is_reported_as_such_and_the_checkpoint_before_stays(tmp_path, alone, error):
     write(tmp_path, 2)
