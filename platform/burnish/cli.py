@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 from burnish import __version__
 from burnish.config import Recipe, load
@@ -112,6 +114,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return load(arguments.recipe, arguments.overrides)
 
 
+def _libraries() -> "redirect_stdout[TextIO]":
+    """What libraries print while the block runs goes to stderr: stdout has the command's result and nothing else."""
+    return redirect_stdout(sys.stderr)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     recipe = _recipe(arguments)
     if arguments.dry_run:
@@ -120,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from burnish.progress import ProgressLine
     from burnish.train.launch import train
 
-    with ProgressLine(recipe) as progress:
+    with ProgressLine(recipe) as progress, _libraries():
         result = train(recipe, watch=progress)
     print(result.to_json(), flush=True)
     return 0
@@ -129,7 +136,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from burnish.sweep.launch import sweep
 
-    result = sweep(_recipe(arguments), show=lambda text: print(text, file=sys.stderr))
+    with _libraries():
+        result = sweep(_recipe(arguments), show=lambda text: print(text, file=sys.stderr))
     print(json.dumps(result), flush=True)
     return 0
 
@@ -153,7 +161,8 @@ def _preview(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from burnish.plan import plan, show
 
-    result = plan(_recipe(arguments))
+    with _libraries():
+        result = plan(_recipe(arguments))
     if arguments.json:
         print(json.dumps(result))
     else:
@@ -165,7 +174,9 @@ def _export(arguments: argparse.Namespace) -> int:
     from burnish.export import export
 
     folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
-    print(export(Path(arguments.run), folder, merge=arguments.merge))
+    with _libraries():
+        exported = export(Path(arguments.run), folder, merge=arguments.merge)
+    print(exported)
     return 0
 
 

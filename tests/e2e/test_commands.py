@@ -33,6 +33,16 @@ def recipe_file(tmp_path, make_recipe):
     return write
 
 
+def test_what_a_library_prints_is_no_part_of_the_result(capsys, recipe_file, monkeypatch):
+    from burnish.train import launch
+
+    result = launch.Result("finished", "small", None, 1, "checkpoint", {})
+    monkeypatch.setattr(launch, "train", lambda recipe, watch: print("a tip of a library") or result)
+    code, out, err = run(capsys, "train", recipe_file())
+    assert (code, json.loads(out)["status"]) == (0, "finished")
+    assert "a tip of a library" in err
+
+
 @pytest.mark.parametrize(
     ("architecture", "template", "adapter", "workers", "stage", "dtype"),
     [
@@ -60,8 +70,8 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
     )
     code, out, err = run(capsys, "train", path)
     assert code == 0, err
-    (line,) = out.splitlines()
-    result = json.loads(line)
+    assert out.count("\n") == 1, out
+    result = json.loads(out)
     folder = tmp_path / "runs" / "small"
     assert list(result) == ["status", "run", "run_id", "steps", "checkpoint", "metrics"]
     ledger = [json.loads(entry) for entry in (folder / "ledger.jsonl").read_text().splitlines()]
