@@ -158,6 +158,8 @@ class TrainSpec(Spec):
     """Steps between evaluations; null evaluates once, at the end."""
     seed: int = Field(0, ge=0)
     """Seed of adapter weights and dropout."""
+    self_test: bool = True
+    """Prove on the first batch, before its step, that packed samples do not see each other; a failure ends the run."""
 
 
 class EngineSpec(Spec):

@@ -107,6 +107,26 @@ class Worker:
             ends[-1]["loss scale"] = torch.tensor([float(value or 0) for value in scale.values()])
         return ends
 
+    def leak(self, rank: int, world: int, port: int, recipe: Recipe) -> str:
+        """The verdict on this worker where only the last one's borders are wrong."""
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+        torch.distributed.init_process_group("gloo")
+        from burnish.errors import TrainingError
+        from burnish.train import engine as ds
+        from burnish.train import objective, self_test
+        from burnish.train.model import build_model
+
+        engine, right = ds.build_engine(recipe, build_model(recipe, cuda=False), world), objective.packed_inputs
+        if rank == world - 1:
+            objective.packed_inputs = lambda seq_lens, device: right(np.array([seq_lens.sum()]), device)
+        packs = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in make_packs()[0]]
+        try:
+            self_test.check(engine.module, packs, engine.device)
+        except TrainingError as error:
+            return str(error)
+        return "passed"
+
     def steps(self, engine, steps: list[list[Pack]], rank: int, world: int) -> None:
         from burnish.train import engine as ds
         from burnish.train.objective import loss_sum
@@ -122,12 +142,16 @@ class Worker:
         from deepspeed.utils import safe_get_full_grad
 
         from burnish.train import engine as ds
+        from burnish.train import self_test
         from burnish.train.model import build_model
         from burnish.train.objective import loss_sum
 
         engine = ds.build_engine(recipe, build_model(recipe, cuda=False), world)
         losses, norms, first = [], [], None
         share = GLOBAL_BATCH_SIZE // world
+        own = make_packs()[0][rank * share : (rank + 1) * share]
+        # Changes nothing, so that all below holds with it as without.
+        self_test.check(engine.module, [(pack.input_ids, pack.labels, pack.seq_lens) for pack in own], engine.device)
         for packs in make_packs():
             count, total = sum(pack.trained_tokens for pack in packs), torch.zeros(1, dtype=torch.float64)
             for number, pack in enumerate(packs[rank * share : (rank + 1) * share]):
@@ -206,6 +230,16 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(cluster, mak
                 elif kind[1] != "float16":  # whether a step overflows depends on the number of workers
                     near = 1e-5 if kind[1] == "float32" else 0.1
                     assert (found[name] - tensor).norm() <= near * tensor.norm() + 1e-7, (world, kind, name)
+
+
+def test_a_leak_on_one_worker_ends_all_of_them(cluster, make_recipe):
+    recipe = make_recipe(scale={"num_workers": 2}, engine={"zero_stage": 3})
+    (port,) = free_ports(1)
+    workers = [Worker.options(num_cpus=0.1).remote() for _ in range(2)]
+    verdicts = ray.get([worker.leak.remote(rank, 2, port, recipe) for rank, worker in enumerate(workers)])
+    for worker in workers:
+        ray.kill(worker)
+    assert len(set(verdicts)) == 1 and "gradient of one sample reaches another; layer 0" in verdicts[0]
 
 
 def test_the_comparison_would_catch_a_mean_of_means(make_recipe):

@@ -18,7 +18,7 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
-        "train.ledger", "train.loop", "train.model", "train.objective", "train.split",
+        "train.ledger", "train.loop", "train.model", "train.objective", "train.self_test", "train.split",
     },
     3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},

@@ -20,7 +20,7 @@ from burnish.data.order import StepMeta
 from burnish.data.stages import Patience
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
-from burnish.train import checkpoint
+from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
 from burnish.train.attempt import STOP_FILE, Attempt, Progress
 from burnish.train.ledger import Ledger
@@ -53,7 +53,7 @@ def train_loop(config: dict[str, Any]) -> None:
     records = Records(attempt) if dist.get_rank() == 0 else None
     evaluation: dict[str, float] = {}
     evaluated, saved = -1, progress.step if attempt.resume else -1
-    stopped = False
+    stopped, untested = False, recipe.train.self_test
     for batch in chain(filter(None, [first.result()]), stream):
         if stopped or progress.step == recipe.train.max_steps:
             break
@@ -62,6 +62,9 @@ def train_loop(config: dict[str, Any]) -> None:
             if records:
                 records.refuse(batch.meta)
             continue
+        if untested:
+            self_test.check(engine.module, batch.packs, engine.device)
+            untested = False
         metrics, stopped = train_step(engine, batch, progress.step + 1, attempt)
         progress = Progress(progress.step + 1, batch.meta.cursor)
         if records:

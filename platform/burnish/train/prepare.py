@@ -29,7 +29,7 @@ CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path"}
+FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path", "train.self_test"}
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.")
 
