@@ -51,14 +51,20 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def the_global_batch_divides_over_the_workers(self) -> "Recipe":
         """Raises ValueError unless every worker gets the same number of packs in each step."""
-        packs, workers = self.train.global_batch_size, self.scale.num_workers
-        if packs % workers:
-            near = max(workers, round(packs / workers) * workers)
+        packs, (fewest, most) = self.train.global_batch_size, self.scale.bounds()
+        if not self.widths():
+            near = max(most, round(packs / most) * most)
+            number = str(most) if fewest == most else f"[{fewest}, {most}]"
             raise ValueError(
-                f"train.global_batch_size ({packs} packs) cannot be divided over scale.num_workers ({workers}); "
+                f"train.global_batch_size ({packs} packs) cannot be divided over scale.num_workers ({number}); "
                 f"write train.global_batch_size: {near}, or a number of workers that divides {packs}"
             )
         return self
+
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of workers that an attempt may have, largest first; each divides the packs of a step."""
+        fewest, most = self.scale.bounds()
+        return tuple(number for number in range(most, fewest - 1, -1) if self.train.global_batch_size % number == 0)
 
     @model_validator(mode="after")
     def sweep_axes_are_fields_of_the_recipe(self) -> "Recipe":

@@ -33,20 +33,20 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     codes: Counter[str] = Counter()
     rows = samples = packs = tokens = trained = steps = 0
     balanced = 0.0
-    with connected(recipe.scale.num_workers):
+    with connected(recipe.widths()[0]):
         rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
         found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
         windows = order.train_slices(one_epoch, found.kept(), Cursor())
         stages = Stages()
-        stream = pipeline.stream(windows, rendering, rounds, recipe.scale.num_workers, Cursor(), stages)
+        stream = pipeline.stream(windows, rendering, rounds, recipe.widths()[0], Cursor(), stages)
         stream.context.execution_options.preserve_order = True
         stream.context.execution_options.label_selector = labels
         shares = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow"))
         for number, block in enumerate(Patience(recipe.scale.stall_seconds, stages).each(shares)):
             samples += len(block.column("seq_lens").combine_chunks().flatten())
-            if number % recipe.scale.num_workers:
+            if number % recipe.widths()[0]:
                 continue  # the same steps as another worker meets them
-            for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // recipe.scale.num_workers):
+            for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // recipe.widths()[0]):
                 codes.update(refusal["code"] for refusal in meta.refused)
                 rows += meta.rows
                 packs += len(meta.packs)
@@ -106,7 +106,7 @@ def memory(recipe: Recipe) -> dict[str, int] | None:
     matrices = [shape for name, shape in found.items() if len(shape) == 2 and "embed" not in name and "lm_head" not in name]
     adapter = recipe.lora.rank * sum(sum(shape) for shape in matrices) if recipe.lora else 0
     trained = adapter if recipe.lora else weights
-    size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.scale.num_workers
+    size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.widths()[0]
     states = 8 if size == 4 else 12
     return {
         "weights": (weights + adapter) * size // (workers if stage == 3 else 1),

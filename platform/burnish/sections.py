@@ -5,7 +5,7 @@ Every object is frozen and closed: an unknown key is refused with the nearest na
 
 import datetime
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -174,15 +174,29 @@ class EngineSpec(Spec):
 class ScaleSpec(Spec):
     """Workers."""
 
-    num_workers: int = Field(1, ge=1)
-    """Training workers; with GPUs, one GPU each."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Training workers; with GPUs, one GPU each. [2, 8] goes on with any number from 2 to 8 that has places when workers
+    start, for example after a node was lost, in the same steps."""
     use_gpu: Literal["auto"] | bool = "auto"
     """Train on GPUs; auto means where the cluster has any."""
     placement: Literal["auto", "by_role", "any"] = "auto"
     """by_role renders and packs on nodes labelled `node-role: data` and trains on those labelled `node-role: train`; any
     takes every node; auto means by_role where nodes of both labels are there at the start."""
     stall_seconds: float = Field(1800, gt=0)
-    """Seconds without a batch until the run ends and says which stage of the data is starved; the same command goes on."""
+    """Seconds without a batch until the run ends and says which stage of the data is starved; the same command goes on. A
+    quarter more without a step, and workers that hang are named and started again."""
+
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @model_validator(mode="after")
+    def fewest_workers_come_first(self) -> "ScaleSpec":
+        """Raises ValueError where the bounds of num_workers descend."""
+        fewest, most = self.bounds()
+        if fewest > most:
+            raise ValueError(f"num_workers: [{fewest}, {most}] descends; write [{most}, {fewest}]")
+        return self
 
 
 class CheckpointSpec(Spec):
@@ -192,6 +206,9 @@ class CheckpointSpec(Spec):
     """Steps between checkpoints; null writes only the last one."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+    best: Literal["eval/loss", "train/loss"] | None = None
+    """Metric whose smallest value marks a checkpoint that is kept besides the newest; with eval/loss, every evaluation that
+    is better than all before writes one."""
     storage: str = "runs"
     """Folder, shared by all nodes, that holds a folder for each run."""
 

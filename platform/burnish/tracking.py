@@ -1,16 +1,15 @@
 """MLflow, which records a run and never holds it up.
 
-The driver opens a run and logs what is known before training; world rank 0 logs metrics through a queue and a thread.
-Where MLflow is out of reach, training goes on, and metrics.jsonl in the run folder has every number.
+The driver opens a run and logs what is known before training; world rank 0 sends metrics from metrics.jsonl in a thread.
+Where MLflow is out of reach, training goes on, metrics.jsonl has every number, and what is missing is sent later.
 
 MLflow takes seconds to import, so each function imports what it uses.
 """
 
+import json
 import logging
 import os
-import queue
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from burnish.config import Recipe, leaves
 from burnish.errors import one_line
+from burnish.train.ledger import replace_text
 
 # An outage must cost seconds, not the minutes of MLflow's default retries.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -25,20 +25,35 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 logger = logging.getLogger(__name__)
 
+DELIVERED = ".mlflow-delivered"
+"""File of a run folder that says how many bytes of metrics.jsonl MLflow has."""
+RETRY_SECONDS = 15.0
+"""Seconds between tries to reach an MLflow that did not answer."""
+_BATCH_BYTES = 16 << 10
+"""Bytes of metrics.jsonl sent at once; MLflow takes 1,000 metrics, of which none takes fewer than 20 bytes."""
+
 
 @contextmanager
 def forgiving(what: str) -> Iterator[None]:
-    """Turns an unreachable or broken MLflow inside the block into a warning, and keeps its chatter off the terminal."""
+    """Turns an unreachable or broken MLflow inside the block into a warning."""
     from mlflow.exceptions import MlflowException
 
+    try:
+        with quiet():
+            yield
+    except (MlflowException, OSError, ImportError, ValueError) as error:
+        logger.warning("MLflow: %s failed, training goes on without it: %s", what, one_line(error))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the chatter of MLflow and its database off the terminal while the block runs."""
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.WARNING)
     try:
         yield
-    except (MlflowException, OSError, ImportError, ValueError) as error:
-        logger.warning("MLflow: %s failed, training goes on without it: %s", what, one_line(error))
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
@@ -127,31 +142,87 @@ def _value(recipe: Recipe, path: str) -> Any:
 
 
 class Tracker:
-    """Metrics of one run on their way to MLflow; `log` returns at once and never raises."""
+    """Sends metrics.jsonl of a run folder to MLflow in a thread, in order; nobody waits for it before `close`.
 
-    def __init__(self, uri: str | None, run_id: str | None) -> None:
-        self._queue: queue.Queue[tuple[dict[str, float], int, int] | None] = queue.Queue()
+    An outage costs nothing: what was not taken is sent when MLflow answers again, by this tracker, by the next attempt or
+    by `deliver`.
+    """
+
+    def __init__(self, uri: str | None, run_id: str | None, folder: Path) -> None:
+        self._news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if uri is not None and run_id is not None:
-            self._thread = threading.Thread(target=self._deliver, args=(uri, run_id), daemon=True)
+            outbox = _Outbox(folder)
+            self._thread = threading.Thread(target=self._deliver, args=(outbox, uri, run_id), daemon=True)
             self._thread.start()
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Queues the metrics of a step."""
-        if self._thread is not None:
-            self._queue.put((metrics, step, int(time.time() * 1000)))
+    def wake(self) -> None:
+        """Says that metrics.jsonl has new lines."""
+        self._news.set()
 
     def close(self, timeout_seconds: float = 60.0) -> None:
-        """Waits until everything is delivered, at most `timeout_seconds`."""
+        """Waits until everything is delivered, at most `timeout_seconds`, and not for an MLflow that is out of reach."""
+        self._closing.set()
+        self._news.set()
         if self._thread is not None:
-            self._queue.put(None)
             self._thread.join(timeout_seconds)
 
-    def _deliver(self, uri: str, run_id: str) -> None:
+    def _deliver(self, outbox: "_Outbox", uri: str, run_id: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        down = False
+        while True:
+            last = self._closing.is_set()
+            self._news.clear()
+            try:
+                outbox.send(uri, run_id)
+            except (MlflowException, OSError) as error:
+                if not down:
+                    logger.warning("MLflow is out of reach, metrics wait in metrics.jsonl: %s", one_line(error))
+                down = True
+                self._closing.wait(RETRY_SECONDS)
+            else:
+                if down:
+                    logger.warning("MLflow is back and has all metrics")
+                down = False
+                if not last:
+                    self._news.wait()
+            if last:
+                return
+
+
+class _Outbox:
+    """The lines of a run's metrics.jsonl that MLflow has not got; how far it has them stands in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._state = folder / "metrics.jsonl", folder / DELIVERED
+        delivered = int(self._state.read_text()) if self._state.exists() else 0
+        # A resume takes lines of steps away that no checkpoint holds; they come again behind the end.
+        self._offset = min(delivered, self._file.stat().st_size if self._file.exists() else 0)
+        replace_text(self._state, str(self._offset))
+
+    def send(self, uri: str, run_id: str) -> None:
+        """Sends what is there. Raises MlflowException or OSError with everything before the failure noted as sent."""
         from mlflow.entities import Metric
 
         client = _client(uri)
-        while (entry := self._queue.get()) is not None:
-            metrics, step, milliseconds = entry
-            with forgiving(f"sending the metrics of step {step}"):
-                client.log_batch(run_id, metrics=[Metric(key, value, milliseconds, step) for key, value in metrics.items()])
+        with quiet(), open(self._file, "rb") as file:
+            file.seek(self._offset)
+            while batch := [line for line in file.readlines(_BATCH_BYTES) if line.endswith(b"\n")]:
+                entries = [json.loads(line) for line in batch]
+                metrics = [
+                    Metric(key, value, int(entry["time"] * 1000), entry["step"])
+                    for entry in entries
+                    for key, value in entry.items()
+                    if key not in ("step", "time")
+                ]
+                client.log_batch(run_id, metrics=metrics)
+                self._offset += sum(map(len, batch))
+                replace_text(self._state, str(self._offset))
+
+
+def deliver(recipe: Recipe, run_id: str | None, folder: Path) -> None:
+    """Sends what MLflow has not got of a run's metrics, trying once; what is left waits for the same command again."""
+    if run_id is not None and recipe.tracking.uri is not None:
+        with forgiving("sending metrics"):
+            _Outbox(folder).send(recipe.tracking.uri, run_id)

@@ -79,12 +79,13 @@ class Worker:
         from safetensors import safe_open
         from safetensors.torch import load_file
 
+        from burnish.train import checkpoint
         from burnish.train import engine as ds
         from burnish.train.model import build_model
 
         ends = []
         for number, recipe in enumerate(recipes):
-            weights, state = Path(folder, f"{number}-weights"), Path(folder, f"{number}-state")
+            weights, state = Path(folder, str(number), checkpoint.WEIGHTS), Path(folder, str(number), checkpoint.OPTIMIZER)
             model = build_model(recipe, cuda=False)
             if resumes:
                 ds.load_weights(model, weights)
@@ -93,11 +94,11 @@ class Worker:
                 ds.load_optimizer(engine, state)
             else:
                 self.steps(engine, make_packs()[:2], rank, world)
-                ds.save_weights(engine, weights, {})
-                ds.save_optimizer(engine, state)
+                checkpoint.write_files(Path(folder, str(number)), ds.snapshot(engine, {}))
+                torch.distributed.barrier()
             self.steps(engine, make_packs()[2:], rank, world)
-            end = Path(folder, f"{number}-end-{world}-{resumes}")
-            ds.save_optimizer(engine, end)
+            end = Path(folder, f"{number}-end-{world}-{resumes}", checkpoint.OPTIMIZER)
+            checkpoint.write_files(end.parent, ds.snapshot(engine, {}))
             torch.distributed.barrier()
             parts = [load_file(file) for file in sorted(end.iterdir())]
             assert len(parts) == world

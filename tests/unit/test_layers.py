@@ -18,9 +18,9 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
-        "train.ledger", "train.loop", "train.model", "train.objective", "train.self_test", "train.split",
+        "train.goodput", "train.ledger", "train.loop", "train.model", "train.objective", "train.self_test", "train.split", "train.tombstone", "train.watchdog",
     },
-    3: {"train.prepare", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
+    3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {
@@ -28,7 +28,7 @@ DOORS = {
     "peft": {"train.model", "chat"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
-    "ray.train": {"train.loop", "train.checkpoint", "train.launch", "train.split", "train.failure"},
+    "ray.train": {"train.loop", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
     "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},
 }

@@ -54,7 +54,7 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     parent = _open_parent(recipe, folder)
-    with connected(recipe.scale.num_workers * (spec.concurrent or 1), dashboard=True):
+    with connected(recipe.widths()[0] * (spec.concurrent or 1), dashboard=True):
         concurrent = min(len(recipes), spec.concurrent or _places(recipe))
         show(f"{recipe.name}: {len(recipes)} trials, {concurrent} at a time")
         results = _tune(spec, recipes, concurrent, parent, folder)
@@ -112,8 +112,8 @@ def _places(recipe: Recipe) -> int:
     total = ray.cluster_resources()
     gpus = total.get("GPU", 0.0)
     if gpus and recipe.scale.use_gpu:
-        return max(1, int(gpus) // recipe.scale.num_workers)
-    return max(1, int(total.get("CPU", 1) - DATA_CPUS) // recipe.scale.num_workers)
+        return max(1, int(gpus) // recipe.widths()[0])
+    return max(1, int(total.get("CPU", 1) - DATA_CPUS) // recipe.widths()[0])
 
 
 def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str | None, folder: Path) -> dict[int, Any]:

@@ -1,6 +1,7 @@
 """What a driver and its workers agree on: an attempt at a run, and how far the run is. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 from burnish.config import Recipe
@@ -9,6 +10,22 @@ from burnish.data.stages import Patience
 
 STOP_FILE = "STOP"
 """A file of this name in the run folder asks the run to save a checkpoint and end."""
+SAVE_FILE = "SAVE"
+"""A file of this name in the run folder asks the run to save a checkpoint and go on."""
+
+
+class Wish(IntEnum):
+    """What a run is asked to do after the step that it is at."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+    @classmethod
+    def of(cls, run_folder: Path) -> "Wish":
+        """What the files of a run folder ask for."""
+        stop, save = (run_folder / STOP_FILE).exists(), (run_folder / SAVE_FILE).exists()
+        return cls.STOP if stop else cls.SAVE if save else cls.NOTHING
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,15 @@ class Attempt:
     """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told.
 
     `remains` says whether packs are left to train; a run that was killed after its last step may only lack evaluation.
+    `best` is the smallest value of `checkpoint.best` that a checkpoint of the run has.
     """
 
+    name: str
     recipe: Recipe
     run_folder: Path
     resume: Path | None
     progress: Progress
+    best: float | None
     remains: bool
     num_rows: int
     behaviour_sha256: str

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ DATA_CPUS = 2
 ROLE = "node-role"
 """Label of nodes: `data` for those that render and pack, `train` for those that train (k8s/, cluster/)."""
 
+WIDTH_SECONDS = 300.0
+"""How long a run waits for its fewest workers after nodes were lost."""
 KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """What a node for data has in its environment. Light data tasks make more processes than there are CPUs; by default Ray ends
 those idle for a second, and the next task waits for a new one, which loads the tokenizer again."""
@@ -74,7 +77,7 @@ def check_resources(recipe: Recipe) -> bool:
     without one.
     """
     total = ray.cluster_resources()
-    gpus, workers = total.get("GPU", 0.0), recipe.scale.num_workers
+    gpus, workers = total.get("GPU", 0.0), recipe.widths()[-1]
     cuda = gpus > 0 if recipe.scale.use_gpu == "auto" else recipe.scale.use_gpu
     if os.environ.get("RAY_CLUSTER_AUTOSCALES"):
         return cuda
@@ -97,6 +100,35 @@ def check_resources(recipe: Recipe) -> bool:
     return cuda
 
 
+def width(recipe: Recipe, cuda: bool) -> int:
+    """How many workers start now: the most of the recipe's numbers that have places on nodes that stay.
+
+    Raises InfrastructureError where the fewest find no place for `WIDTH_SECONDS`. A recipe with one number gets it, and Ray
+    waits for the places; so does a cluster that brings nodes up by itself.
+    """
+    widths = recipe.widths()
+    if len(widths) == 1 or os.environ.get("RAY_CLUSTER_AUTOSCALES"):
+        return widths[0]
+    deadline = time.monotonic() + WIDTH_SECONDS
+    apart = cuda or role_labels(recipe, "data") is not None
+    while True:
+        places = _places("train", recipe, "GPU" if cuda else "CPU") - (0 if apart else 1)
+        fitting = [number for number in widths if number <= places]
+        if fitting:
+            return fitting[0]
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"scale.num_workers: the cluster has places for {places} workers and the recipe asks for {widths[-1]} at "
+                "least; the same command goes on when nodes are back"
+            )
+        time.sleep(1)
+
+
+def draining() -> set[str]:
+    """Ids of nodes that are about to be taken away."""
+    return set(ray._private.state.state.get_draining_nodes() or {})
+
+
 def role_labels(recipe: Recipe, role: str) -> dict[str, str] | None:
     """The labels of the nodes that a role ("data" or "train") is bound to; None where it may run on any node."""
     alive = {node["Labels"].get(ROLE) for node in ray.nodes() if node["Alive"]}
@@ -107,5 +139,7 @@ def role_labels(recipe: Recipe, role: str) -> dict[str, str] | None:
 def _places(role: str, recipe: Recipe, kind: str) -> int:
     """Units of a resource on the nodes that a role may run on."""
     labels = role_labels(recipe, role)
-    nodes = [node for node in ray.nodes() if node["Alive"] and (labels is None or node["Labels"].get(ROLE) == role)]
+    leaving = draining()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    nodes = [node for node in nodes if labels is None or node["Labels"].get(ROLE) == role]
     return sum(int(node["Resources"].get(kind, 0)) for node in nodes)

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from burnish.config import Recipe
+from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
 
 # Chosen before DeepSpeed is imported: it settles on an accelerator at import.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -94,45 +95,31 @@ def step(engine: Engine) -> float:
     return norm if reported is None else float(reported)
 
 
-def save_weights(engine: Engine, file: Path, metadata: dict[str, str]) -> None:
-    """Writes every trained weight, whole, to one safetensors file on world rank 0. A collective call."""
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in _trained(engine):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            if dist.get_rank() == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if dist.get_rank() == 0:
-        save_file(weights, file, metadata={"format": "pt", **metadata})
+def vocabulary(engine: Engine) -> int:
+    """Tokens that the model tells apart."""
+    return int(engine.module.config.get_text_config().vocab_size)
+
+
+def snapshot(engine: Engine, metadata: dict[str, str]) -> Files:
+    """This worker's files of a checkpoint, copied to the host's memory, so that training may go on. A collective call.
+
+    World rank 0 has every trained weight, whole, with `metadata`. Every worker has its part of AdamW's float32 masters and
+    moments: flat ranges that are the whole tensor laid end to end in the order of the workers, so that any number of
+    workers can read them, each no more than it keeps.
+    """
+    weights = _gathered(engine)
+    part = f"{OPTIMIZER}/{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+    return {part: _optimizer_part(engine), **({WEIGHTS: (weights, metadata)} if dist.get_rank() == 0 else {})}
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Puts the weights that `save_weights` wrote into a model that DeepSpeed does not hold yet."""
+    """Puts the weights of a checkpoint into a model that DeepSpeed does not hold yet."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = load_file(file)
     assert set(weights) == set(trained), f"{file} is of another model"
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-
-
-def save_optimizer(engine: Engine, folder: Path) -> None:
-    """Writes this worker's part of AdamW's float32 masters and moments of every trained weight. A collective call.
-
-    A file a worker, of flat ranges: laid end to end in the order of the workers, the parts of a tensor are the whole. So
-    any number of workers can read them, each no more than it keeps.
-    """
-    if not _stepped(engine).state:
-        _begin_moments(engine, 0.0)
-    parts = {
-        f"{name}:{key}": _part(engine, parameter, key).to("cpu", copy=True).contiguous()
-        for name, parameter in _trained(engine)
-        for key in (_MASTER, *_MOMENTS)
-    }
-    # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
-    steps = next(float(state["step"]) for state in _stepped(engine).state.values())
-    about = {"format": "pt", "steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
-    folder.mkdir(exist_ok=True)
-    save_file(parts, folder / f"{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors", metadata=about)
 
 
 def load_optimizer(engine: Engine, folder: Path) -> None:
@@ -149,6 +136,30 @@ def load_optimizer(engine: Engine, folder: Path) -> None:
 
 
 _MASTER, _MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+
+
+def _gathered(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every trained weight on world rank 0, nothing on the others. A collective call."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in _trained(engine):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            if dist.get_rank() == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _optimizer_part(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """This worker's flat parts of masters and moments, and what all workers share. A collective call."""
+    if not _stepped(engine).state:
+        _begin_moments(engine, 0.0)
+    parts = {
+        f"{name}:{key}": _part(engine, parameter, key).to("cpu", copy=True).contiguous()
+        for name, parameter in _trained(engine)
+        for key in (_MASTER, *_MOMENTS)
+    }
+    # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
+    steps = next(float(state["step"]) for state in _stepped(engine).state.values())
+    return parts, {"steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
 
 
 def _trained(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:

@@ -1,25 +1,84 @@
 """What an attempt's failure means: the end of the run, or another attempt. Decided here, done in `launch`."""
 
-import torch
-from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+from ray.exceptions import OutOfMemoryError, RayTaskError
+from ray.train import TrainingFailedError
+
+from burnish.config import Recipe
+from burnish.data.order import StepMeta
 from burnish.errors import BurnishError, DataError, TrainingError
 
+_FEWEST_TOKENS = 64
+"""Trained tokens below which the loss of a step may be anything."""
 
-def decide(error: WorkerGroupError) -> BurnishError | None:
+
+def check_loss(recipe: Recipe, step: int, meta: StepMeta, loss: float, grad_norm: float, vocabulary: int) -> None:
+    """Raises TrainingError, with the packs of the step, where its loss is no number or explodes.
+
+    Guessing among v tokens has a loss of log(v); a model that is twice as bad over a whole step is broken. An infinite
+    gradient norm is how float16 finds its loss scale, and no error.
+    """
+    overflow = not math.isfinite(grad_norm) and recipe.model.dtype != "float16"
+    exploded = loss > 2 * math.log(max(2, vocabulary)) and meta.trained_tokens >= _FEWEST_TOKENS
+    if math.isfinite(loss) and not overflow and not exploded:
+        return
+    why = f", twice as bad as guessing among {vocabulary:,} tokens ({math.log(vocabulary):.3g})" if exploded else ""
+    packs = ", ".join(map(str, meta.packs))
+    raise TrainingError(
+        f"the loss of step {step} is {loss:.6g}{why}, its gradient norm {grad_norm:.6g}; its packs (epoch, window, index) "
+        f"are {packs}. Lower optim.learning_rate, now {recipe.optim.learning_rate:g}, or raise optim.warmup_steps; the "
+        "checkpoints before it stand"
+    )
+
+
+@contextmanager
+def memory_advice(recipe: Recipe, step: int, tokens: int) -> Iterator[None]:
+    """Raises TrainingError, with what was tried and what to lower, where the block runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        tried = f"step {step}, {tokens:,} tokens in a pack, {recipe.model.dtype}, ZeRO-{recipe.engine.zero_stage}"
+        raise TrainingError(f"out of memory in {tried}: {last_line(error)}. {memory_options(recipe)}") from error
+
+
+def memory_options(recipe: Recipe) -> str:
+    """What a recipe can change to need less memory on a worker, what costs least first."""
+    options = []
+    if recipe.model.activation_checkpointing is not True:
+        options.append("model.activation_checkpointing: true")
+    if recipe.engine.zero_stage < 3:
+        options.append("engine.zero_stage: 3")
+    if recipe.model.dtype == "float32":
+        options.append("model.dtype: bfloat16")
+    options.append(f"data.max_length: {recipe.data.max_length // 2}")
+    if recipe.lora is None:
+        options.append("lora: {rank: 16}")
+    return f"Write {', or '.join(options)}, or take more workers"
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:
     """What ends the run, or None where a worker or node was lost and another attempt may help.
 
     An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
     collectives of the others break. Any other exception raised by the training code would come again.
     """
-    failures = list(error.worker_failures.values())
+    failures = list(getattr(error, "worker_failures", {}).values())
     for cause in (cause for failure in failures for cause in _causes(failure)):
         if type(cause).__module__ == "burnish.errors":
             assert isinstance(cause, BurnishError)
             return cause
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
-            return TrainingError(f"out of memory: {last_line(cause)}. Lower data.max_length, or raise engine.zero_stage")
+        if _is_memory(cause):
+            return TrainingError(f"out of memory: {last_line(cause)}. {memory_options(recipe)}")
         if type(cause).__name__ == "UserCodeException":  # Ray Data's, around what a data task raised
             return DataError(f"a data task failed: {last_line(cause.__cause__ or cause)}")
     # Where one worker was lost, whatever the others raise is its echo; where a data task failed, a broken collective is.
@@ -30,6 +89,11 @@ def decide(error: WorkerGroupError) -> BurnishError | None:
     if any(_means_lost(failure) for failure in failures) or not failures:
         return None
     return BurnishError(f"training failed: {error}")
+
+
+def lost_to_memory(error: TrainingFailedError) -> bool:
+    """Whether Ray ended a worker because its node had no memory left."""
+    return any(isinstance(failure, OutOfMemoryError) for failure in getattr(error, "worker_failures", {}).values())
 
 
 def _causes(failure: BaseException) -> list[BaseException]:

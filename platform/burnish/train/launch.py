@@ -4,31 +4,22 @@ import fcntl
 import json
 import logging
 import shutil
-import signal
-import threading
-import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from burnish import tracking
 from burnish.config import Recipe
-from burnish.data import order, pipeline, survey
-from burnish.data.stages import Patience, Stages
+from burnish.data import survey
 from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
 from burnish.report import report
-from burnish.train import checkpoint
-from burnish.train.attempt import STOP_FILE, Attempt, Progress
+from burnish.train import checkpoint, goodput, tombstone
+from burnish.train.attempts import Run, Watch, attempt_until_done
 from burnish.train.cluster import check_resources, connected, role_labels
-from burnish.train.failure import decide, last_line
-from burnish.train.ledger import lines
+from burnish.train.ledger import append, lines
 from burnish.train.prepare import (
     Prepared,
     check_same_filters,
@@ -39,14 +30,8 @@ from burnish.train.prepare import (
     write_json,
     write_run_folder,
 )
-from burnish.train.split import OrderedSplit
 
 logger = logging.getLogger(__name__)
-
-MAX_RESTARTS = 3
-"""Times that a run is started again after a worker or a node was lost, without progress in between."""
-Watch = Callable[[Path, dict[str, Any]], None]
-"""Called about once a second with the run folder and facts of the run, to show how far it is."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,17 @@ def train(
     make_run_folder(folder)
     with _alone(folder):
         check_same_run(prepared, folder)
-        return _finished(folder) or _train(prepared, folder, watch, callbacks, parent_id)
+        finished = _finished(folder)
+        if finished is not None:
+            tracking.deliver(recipe, finished.run_id, folder)
+            return finished
+        started_from = tombstone.fingerprint(recipe.located().to_yaml(), digests(prepared))
+        tombstone.check(folder, started_from)
+        try:
+            return _train(prepared, folder, watch, callbacks, parent_id)
+        except BurnishError as error:
+            tombstone.bury(folder, error, started_from)
+            raise
 
 
 def _train(
@@ -85,7 +80,7 @@ def _train(
 ) -> Result:
     """Trains what is not finished yet, on the cluster or an embedded Ray."""
     recipe = prepared.recipe
-    with connected(recipe.scale.num_workers):
+    with connected(recipe.widths()[0]):
         cuda = check_resources(recipe)
         write_run_folder(prepared, folder)
         run_id = _open_tracking(prepared, folder, parent_id)
@@ -93,11 +88,13 @@ def _train(
         try:
             kept = survey.drop(recipe, prepared.train, prepared.decontaminate, cache, labels)
             check_same_filters(kept, folder)
-            _attempt_until_done(replace(prepared, train=kept), folder, run_id, cuda, watch, callbacks)
+            attempt_until_done(Run(replace(prepared, train=kept), folder, run_id, cuda, callbacks), watch)
         except BaseException as error:
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
+    run_id = run_id or _open_tracking(prepared, folder, parent_id)  # MLflow may have come back meanwhile
     result = _finish(recipe, folder, run_id)
+    tracking.deliver(recipe, run_id, folder)
     try:
         tracking.add_file(recipe, run_id, report(folder))
     except BurnishError as error:
@@ -140,149 +137,6 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
     return run_id
 
 
-def _attempt_until_done(
-    prepared: Prepared, folder: Path, run_id: str | None, cuda: bool, watch: Watch | None, callbacks: tuple[Any, ...]
-) -> None:
-    """Attempts from the newest checkpoint on, until one ends by itself or fails for good."""
-    failures, reached = 0, -1
-    while True:
-        start = checkpoint.newest(folder / "checkpoints")
-        if start is not None and not (start.path / checkpoint.OPTIMIZER).is_dir():
-            raise RecipeError(f"name: {start.path} was written by a version whose checkpoints differ. Choose a new name")
-        progress = start.progress if start else Progress()
-        failures = failures if progress.step == reached else 0
-        reached = progress.step
-        try:
-            with _stop_on_signal(folder) as asked:
-                try:
-                    _watched(partial(_fit, prepared, folder, start, run_id, cuda, callbacks), folder, prepared, watch)
-                finally:
-                    if (folder / STOP_FILE).exists():
-                        asked.set()
-        except WorkerGroupError as error:
-            failures += 1
-            reason = decide(error)
-            if reason is not None:
-                raise reason from error
-            if failures > MAX_RESTARTS:
-                raise InfrastructureError(
-                    f"workers were lost {failures} times after step {reached}: {last_line(error)}"
-                ) from error
-            if asked.is_set():
-                raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
-            logger.warning("a worker was lost (%s); starting again from the newest checkpoint", last_line(error))
-            continue
-        if asked.is_set():
-            last = checkpoint.newest(folder / "checkpoints")
-            step = last.progress.step if last else 0
-            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
-        return
-
-
-def _work(config: dict[str, Any]) -> None:
-    """A worker's entry: the driver need not import what only workers use."""
-    from burnish.train.loop import train_loop
-
-    train_loop(config)
-
-
-def _fit(
-    prepared: Prepared,
-    folder: Path,
-    start: checkpoint.Checkpoint | None,
-    run_id: str | None,
-    cuda: bool,
-    callbacks: tuple[Any, ...],
-) -> None:
-    """One attempt: the stream from the checkpoint's cursor on, and the workers."""
-    recipe = prepared.recipe
-    progress = start.progress if start else Progress()
-    windows = order.train_slices(recipe, prepared.train, progress.cursor)
-    rendering, rounds, workers = prepared.rendering(), prepared.rounds(), recipe.scale.num_workers
-    stages = Stages()
-    attempt = Attempt(
-        recipe=recipe.located(),
-        run_folder=folder,
-        resume=start.path if start else None,
-        progress=progress,
-        remains=bool(windows),
-        num_rows=prepared.train.num_rows + (prepared.eval.num_rows if prepared.eval else 0),
-        behaviour_sha256=prepared.contract.behaviour_sha256,
-        run_id=run_id,
-        cuda=cuda,
-        patience=Patience(recipe.scale.stall_seconds, stages),
-    )
-    datasets = {}
-    if windows:
-        datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor, stages)
-    if prepared.eval is not None:
-        held_out = order.eval_slices(recipe, prepared.eval)
-        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor(), stages)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"attempt": attempt},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, label_selector=role_labels(recipe, "train")),
-        # burnish keeps its own checkpoints and restarts; Ray's folder holds nothing that is needed again.
-        run_config=RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=str(folder / ".ray"),
-            failure_config=FailureConfig(max_failures=0),
-            callbacks=list(callbacks),
-        ),
-        datasets=datasets,
-        dataset_config=OrderedSplit(role_labels(recipe, "data")),
-    )
-    trainer.fit()
-
-
-def _watched(work: Callable[[], None], folder: Path, prepared: Prepared, watch: Watch | None) -> None:
-    """Runs the work in a thread, so that this one can show progress and take signals; raises what the work raises."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-
-    # A daemon, so that a second Ctrl-C ends the command whatever the work is waiting for.
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        finished = wait([future], timeout=0.5).done
-        if watch is not None:
-            watch(folder, {"max_steps": prepared.recipe.train.max_steps})
-        if finished:
-            future.result()
-            return
-
-
-@contextmanager
-def _stop_on_signal(folder: Path) -> Iterator[threading.Event]:
-    """While the block runs, SIGTERM and the first Ctrl-C ask the workers for a checkpoint and an end."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        (folder / STOP_FILE).touch()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        (folder / STOP_FILE).unlink(missing_ok=True)
-
-
 def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
     """The result of a run that reached its end, also written to result.json, which marks the run as done."""
     last = checkpoint.newest(folder / "checkpoints")
@@ -290,11 +144,12 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
         raise InfrastructureError(
             f"{folder}: the run ended without a checkpoint that verifies; start it again under a new name"
         )
-    metrics: dict[str, float] = {}
-    for line in lines(folder / "metrics.jsonl"):
-        metrics |= {key: value for key, value in line.items() if key != "step"}
     if last.progress.step == 0:
         raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
+    append(folder / "metrics.jsonl", {"step": last.progress.step, "time": time.time(), **goodput.account(folder)})
+    metrics: dict[str, float] = {}
+    for line in lines(folder / "metrics.jsonl"):
+        metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
     result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
     write_json(folder / "result.json", asdict(result))
     shutil.rmtree(folder / ".ray", ignore_errors=True)

@@ -2,7 +2,7 @@
 
     ledger.jsonl     {"step": t, "packs": [[epoch, window, index], ...], "tokens": n, "trained_tokens": n, "loss": x}
     refused.jsonl    {"row": "path#index", "code": ..., "turn": ..., "message": ...}
-    metrics.jsonl    {"step": t, "train/loss": x, ...}
+    metrics.jsonl    {"step": t, "time": seconds since 1970, "train/loss": x, ...}
 
 Steps count from 1. Each step stands once: after a resume, lines of steps that the checkpoint does not hold are gone
 before they are written again.
@@ -10,6 +10,7 @@ before they are written again.
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,31 +49,33 @@ class Ledger:
             "loss": loss,
         }
         self.refuse(meta.refused)
-        self._append("ledger.jsonl", entry)
-        self.measure(step, metrics)
+        append(self.folder / "ledger.jsonl", entry)
+        self.measure(step, {**metrics, **(self.refused() if meta.refused else {})})
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends measurements of a step."""
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        """Appends measurements of a step, and when they were made."""
+        append(self.folder / "metrics.jsonl", {"step": step, "time": time.time(), **metrics})
 
     def refuse(self, refusals: tuple[dict[str, Any], ...]) -> None:
         """Appends rows that were refused for the first time in this run."""
         for refusal in refusals:
             if refusal["row"] not in self.seen:
                 self.seen[refusal["row"]] = refusal["code"]
-                self._append("refused.jsonl", refusal)
+                append(self.folder / "refused.jsonl", refusal)
         check_refused(Counter(self.seen.values()), self.max_refused_rows, str(self.folder / "refused.jsonl"))
 
     def refused(self) -> dict[str, float]:
         """Rows refused so far, by code, as metrics."""
         return {f"data/refused/{code}": float(count) for code, count in Counter(self.seen.values()).items()}
 
-    def _append(self, name: str, entry: dict[str, Any]) -> None:
-        try:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InfrastructureError(f"{self.folder / name}: cannot be written: {error}") from error
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Appends a line to a JSONL file. Raises InfrastructureError where the storage refuses."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InfrastructureError(f"{path}: cannot be written: {error}") from error
 
 
 def check_refused(codes: "Counter[str]", max_refused_rows: float, where: str) -> None:

@@ -1,10 +1,10 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,11 +22,13 @@ from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
-from burnish.train.attempt import STOP_FILE, Attempt, Progress
+from burnish.train.attempt import SAVE_FILE, Attempt, Progress, Wish
+from burnish.train.failure import check_loss, memory_advice
 from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
 from burnish.train.objective import loss_sum
 from burnish.train.schedule import learning_rate
+from burnish.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,38 @@ def train_loop(config: dict[str, Any]) -> None:
         engine = build(attempt, num_workers)
     progress = attempt.progress
     records = Records(attempt) if dist.get_rank() == 0 else None
-    evaluation: dict[str, float] = {}
-    evaluated, saved = -1, progress.step if attempt.resume else -1
-    stopped, untested = False, recipe.train.self_test
-    for batch in chain(filter(None, [first.result()]), stream):
-        if stopped or progress.step == recipe.train.max_steps:
-            break
-        if not batch.meta.packs:  # nothing but refused rows: no step, so that no weight moves on momentum alone
-            progress = Progress(progress.step, batch.meta.cursor)
+    saver = Saver(engine, attempt)
+    watchdog = Watchdog(attempt.run_folder, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
+    measured: dict[str, float] = {}
+    evaluated, wish, untested = -1, Wish.NOTHING, recipe.train.self_test
+    with saver.standing():
+        for batch in chain(filter(None, [first.result()]), watchdog.patient(stream)):
+            if wish is Wish.STOP or progress.step == recipe.train.max_steps:
+                break
+            if not batch.meta.packs:  # nothing but refused rows: no step, so that no weight moves on momentum alone
+                progress = Progress(progress.step, batch.meta.cursor)
+                if records:
+                    records.refuse(batch.meta)
+                continue
+            if untested:
+                self_test.check(engine.module, batch.packs, engine.device)
+                untested = False
+            measured, wish = train_step(engine, batch, progress.step + 1, attempt, watchdog)
+            progress = Progress(progress.step + 1, batch.meta.cursor)
             if records:
-                records.refuse(batch.meta)
-            continue
-        if untested:
-            self_test.check(engine.module, batch.packs, engine.device)
-            untested = False
-        metrics, stopped = train_step(engine, batch, progress.step + 1, attempt)
-        progress = Progress(progress.step + 1, batch.meta.cursor)
-        if records:
-            records.step(progress.step, batch.meta, metrics)
-        if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
-            evaluation, evaluated = evaluate(engine, attempt, records, progress.step), progress.step
-            checkpoint.report({**metrics, **evaluation, "step": progress.step})
-        if due(progress.step, recipe.checkpoint.every_steps) or stopped:
-            save(engine, attempt, progress)
-            saved = progress.step
-    if recipe.data.eval and evaluated != progress.step and not stopped:
-        evaluation = evaluate(engine, attempt, records, progress.step)
-        checkpoint.report({**evaluation, "step": progress.step})
-    if saved != progress.step:
-        save(engine, attempt, progress)
+                records.step(progress.step, batch.meta, measured)
+            if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
+                measured |= evaluate(engine, attempt, records, progress.step, watchdog)
+                evaluated = progress.step
+                checkpoint.report({**measured, "step": progress.step})
+            if due(progress.step, recipe.checkpoint.every_steps) or wish is not Wish.NOTHING or saver.improves(measured):
+                saver.save(progress, measured)
+            saver.check()
+    if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
+        measured |= evaluate(engine, attempt, records, progress.step, watchdog)
+        checkpoint.report({**measured, "step": progress.step})
+    watchdog.rest()
+    saver.finish(progress, measured)
     if records:
         records.close()
 
@@ -96,10 +101,13 @@ def build(attempt: Attempt, num_workers: int) -> ds.Engine:
     return engine
 
 
-def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> tuple[dict[str, float], bool]:
-    """One optimizer step; the metrics of the whole step, and whether a stop was asked for. A collective call.
+def train_step(
+    engine: ds.Engine, batch: Batch, step: int, attempt: Attempt, watchdog: Watchdog
+) -> tuple[dict[str, float], Wish]:
+    """One optimizer step; the metrics of the whole step, and what the run is asked to do next. A collective call.
 
-    Raises TrainingError on every worker where the loss of the step is no number; no checkpoint is written after it.
+    Raises TrainingError on every worker where the loss of the step is no number or explodes, and where memory does not
+    suffice; no checkpoint is written after it.
     """
     recipe, meta = attempt.recipe, batch.meta
     started = time.monotonic()
@@ -108,31 +116,28 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
     done = (step - 1) / recipe.train.max_steps if recipe.train.max_steps else 0.0
     rate = learning_rate(recipe.optim, step, max(meta.progress, done))
     ds.set_learning_rate(engine, rate)
-    # The sum of losses and the wish to stop travel in the one collective that a step adds.
+    # The sum of losses and what the run is asked to do travel in the one collective that a step adds.
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     grad_norm = 0.0
-    for input_ids, labels, seq_lens in batch.packs:
-        loss = loss_sum(engine, input_ids, labels, seq_lens, engine.device)
-        ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
-        grad_norm = ds.step(engine)
-        shared[0] += loss.detach()
-    shared[1] = float((attempt.run_folder / STOP_FILE).exists()) if dist.get_rank() == 0 else 0.0
+    with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
+        for input_ids, labels, seq_lens in batch.packs:
+            loss = loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+            ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
+            grad_norm = ds.step(engine)
+            shared[0] += loss.detach()
+            watchdog.beat()
+    shared[1] = float(Wish.of(attempt.run_folder)) if dist.get_rank() == 0 else 0.0
     dist.all_reduce(shared)
-    total, stop = shared.tolist()
+    total, wish = shared.tolist()
     loss_value = total / max(1, meta.trained_tokens)
-    if not math.isfinite(loss_value) or (not math.isfinite(grad_norm) and recipe.model.dtype != "float16"):
-        packs = ", ".join(map(str, meta.packs))
-        raise TrainingError(
-            f"the loss of step {step} is {loss_value}, its gradient norm {grad_norm}; "
-            f"its packs (epoch, window, index) are {packs}. "
-            "Lower optim.learning_rate"
-        )
+    check_loss(recipe, step, meta, loss_value, grad_norm, ds.vocabulary(engine))
     seconds = time.monotonic() - started
     capacity = len(meta.packs) * recipe.data.max_length
     metrics = {
         "train/loss": loss_value,
         "train/learning_rate": rate,
         "train/grad_norm": grad_norm,
+        "train/step_seconds": seconds,
         "train/tokens_per_second": meta.tokens / (seconds + batch.wait_seconds),
         "train/trained_tokens": float(meta.trained_tokens),
         "train/progress": meta.progress,
@@ -141,18 +146,21 @@ def train_step(engine: ds.Engine, batch: Batch, step: int, attempt: Attempt) -> 
         "data/tokens": float(meta.tokens),
         "data/wait_share": batch.wait_seconds / (seconds + batch.wait_seconds),
     }
-    return metrics, stop > 0
+    return metrics, Wish(int(wish))
 
 
-def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", step: int) -> dict[str, float]:
+def evaluate(
+    engine: ds.Engine, attempt: Attempt, records: "Records | None", step: int, watchdog: Watchdog
+) -> dict[str, float]:
     """Loss and perplexity over all held-out rows, each trained token of them counted once. A collective call."""
     engine.eval()
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         share = attempt.recipe.train.global_batch_size // dist.get_world_size()
-        for batch in batches(ray.train.get_dataset_shard("eval"), share, attempt.patience):
+        for batch in watchdog.patient(batches(ray.train.get_dataset_shard("eval"), share, attempt.patience)):
             for input_ids, labels, seq_lens in batch.packs:
                 shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+                watchdog.beat()
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
             if records:
                 records.refuse(batch.meta)
@@ -170,14 +178,55 @@ def evaluate(engine: ds.Engine, attempt: Attempt, records: "Records | None", ste
     return metrics
 
 
-def save(engine: ds.Engine, attempt: Attempt, progress: Progress) -> None:
-    """One checkpoint of this run. A collective call."""
-    folder, keep = attempt.run_folder / "checkpoints", attempt.recipe.checkpoint.keep
-    with checkpoint.writing(folder, progress, keep, attempt.behaviour_sha256) as partial:
-        ds.save_optimizer(engine, partial / checkpoint.OPTIMIZER)
-        ds.save_weights(engine, partial / checkpoint.WEIGHTS, {"chat_contract": f"sha256:{attempt.behaviour_sha256}"})
+class Saver:
+    """The checkpoints of this attempt; every worker has one and calls it at the same steps."""
+
+    def __init__(self, engine: ds.Engine, attempt: Attempt) -> None:
+        spec = attempt.recipe.checkpoint
+        place = checkpoint.Place(attempt.run_folder, attempt.name, spec.keep, spec.best, attempt.behaviour_sha256)
+        self._writer = checkpoint.Writer(place, dist.get_rank(), dist.get_world_size())
+        self._engine, self._attempt, self._best = engine, attempt, attempt.best
+        self._saved = attempt.progress.step if attempt.resume else -1
+
+    def improves(self, measured: dict[str, float]) -> bool:
+        """Whether an evaluation is better than at all checkpoints before; the same on every worker."""
+        metric = self._attempt.recipe.checkpoint.best
+        return metric == "eval/loss" and metric in measured and (self._best is None or measured[metric] < self._best)
+
+    def save(self, progress: Progress, measured: dict[str, float]) -> None:
+        """Begins one checkpoint, which training does not wait for. A collective call."""
+        metadata = {"chat_contract": f"sha256:{self._attempt.behaviour_sha256}"}
+        self._writer.write(progress, measured, ds.snapshot(self._engine, metadata))
+        self._saved = progress.step
+        self._note(measured)
         if dist.get_rank() == 0:
-            shutil.copy(attempt.run_folder / "contract.json", partial)
+            (self._attempt.run_folder / SAVE_FILE).unlink(missing_ok=True)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Lets an error that ends the run for good leave the block when the checkpoint that was begun stands."""
+        try:
+            yield
+        except (TrainingError, DataError):
+            self._writer.wait()
+            raise
+
+    def check(self) -> None:
+        """Raises InfrastructureError where the last checkpoint could not be written."""
+        self._writer.check()
+
+    def finish(self, progress: Progress, measured: dict[str, float]) -> None:
+        """Returns when the checkpoint of the last step stands, with what was measured at it. A collective call."""
+        if self._saved != progress.step:
+            self.save(progress, measured)
+        elif self.improves(measured):
+            self._writer.measure(progress, measured)
+        self._writer.wait()
+
+    def _note(self, measured: dict[str, float]) -> None:
+        value = measured.get(self._attempt.recipe.checkpoint.best or "")
+        if value is not None:
+            self._best = value if self._best is None else min(value, self._best)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -216,12 +265,12 @@ class Records:
     def __init__(self, attempt: Attempt) -> None:
         recipe = attempt.recipe
         self._ledger = Ledger.open(attempt.run_folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
-        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id)
+        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, attempt.run_folder)
 
     def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:
         """One trained step."""
         self._ledger.record(step, meta, metrics["train/loss"], metrics)
-        self._tracker.log({**metrics, **(self._ledger.refused() if meta.refused else {})}, step)
+        self._tracker.wake()
 
     def refuse(self, meta: StepMeta) -> None:
         """Rows that were refused where no step was trained."""
@@ -230,7 +279,7 @@ class Records:
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Measurements after a step."""
         self._ledger.measure(step, metrics)
-        self._tracker.log(metrics, step)
+        self._tracker.wake()
 
     def close(self) -> None:
         """Waits a while for MLflow to take what is left."""

@@ -21,6 +21,7 @@ from burnish.data.template import Template
 from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.sections import SourceSpec
+from burnish.tracking import DELIVERED
 from burnish.train.attempt import STOP_FILE
 from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, model_digest, pack_cost
@@ -29,9 +30,12 @@ CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
-FREE_TO_CHANGE = {"data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path", "train.self_test"}
+FREE_TO_CHANGE = {
+    "data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path", "train.self_test",
+    "model.attention", "model.activation_checkpointing",
+}  # fmt: skip
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
-FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.")
+FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.", "engine.")
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,8 @@ def write_run_folder(prepared: Prepared, folder: Path) -> None:
     if _has_trained(folder):
         return
     try:
-        (folder / "mlflow.json").unlink(missing_ok=True)
+        for name in ("mlflow.json", DELIVERED, "attempts.jsonl"):
+            (folder / name).unlink(missing_ok=True)
         (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
         (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
         counted = {"train": prepared.train.num_rows, **({"eval": prepared.eval.num_rows} if prepared.eval else {})}

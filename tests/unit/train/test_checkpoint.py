@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import resource
 
 import pytest
-from safetensors import SafetensorError
+import torch
+from safetensors.torch import load_file
 
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
-from burnish.train.checkpoint import newest, verify, writing
-from tests.conftest import free_ports
+from burnish.train.checkpoint import Place, Writer, best, clear, newest, verify
 
 
 def write(folder, step, content=b"weights"):
@@ -60,38 +61,91 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
     assert (tmp_path / ".broken-step-00000020").is_dir() and not path.exists()
 
 
-@pytest.fixture
-def alone():
-    """A process group of one."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_ports(1)[0]}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def place(folder, keep=2, best=None):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "contract.json").write_text("{}")
+    return Place(folder, "attempt-1", keep, best, "x")
 
 
-def test_a_checkpoint_appears_when_its_block_ends_and_the_newest_are_kept(tmp_path, alone):
-    (tmp_path / ".step-00000001.partial").mkdir()
+def files(value, world_rank=0):
+    part = {f"optimizer/{world_rank:05d}-of-00002.safetensors": ({"a:master": torch.full((4,), float(value))}, {})}
+    weights = {"weights.safetensors": ({"a": torch.full((8,), float(value))}, {"chat_contract": "x"})}
+    return {**part, **(weights if world_rank == 0 else {})}
+
+
+def test_a_checkpoint_stands_when_every_worker_has_written_its_part_and_the_newest_are_kept(tmp_path):
+    writers = [Writer(place(tmp_path), world_rank, 2) for world_rank in range(2)]
+    folder = tmp_path / "checkpoints"
     for step in (2, 4, 6):
-        with writing(tmp_path, Progress(step, Cursor(1, 2, 3)), keep=2, behaviour_sha256="x") as partial:
-            (partial / "weights.safetensors").write_bytes(bytes(step))
-            assert not (tmp_path / f"step-{step:08d}").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
-    assert newest(tmp_path).progress == Progress(6, Cursor(1, 2, 3))
+        writers[0].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, files(step))
+        if step == 6:
+            writers[0].check()
+            assert not (folder / "step-00000006").exists()
+        writers[1].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, files(step, 1))
+    for writer in writers:
+        writer.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+    found = newest(folder)
+    assert found.progress == Progress(6, Cursor(1, 2, 3)) and found.num_workers == 2
+    names = {str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file()}
+    assert names == {"contract.json", "manifest.json", *files(6), *files(6, 1)}
+    assert float(load_file(found.path / "weights.safetensors")["a"][0]) == 6.0
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), SafetensorError("Error while serializing: I/O error: No space left on device")],
-)
-def test_a_full_disk_is_reported_as_such_and_the_checkpoint_before_stays(tmp_path, alone, error):
-    write(tmp_path, 2)
-    with (
-        pytest.raises(InfrastructureError, match=r"step 4 could not be written .* Make room") as found,
-        writing(tmp_path, Progress(4), keep=1, behaviour_sha256="x"),
-    ):
-        raise error
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_may_be_measured_later(tmp_path):
+    writer = Writer(place(tmp_path, keep=1, best="eval/loss"), 0, 1)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+        writer.write(Progress(step), {} if loss is None else {"eval/loss": loss}, files(step))
+    writer.wait()
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
+    writer.measure(Progress(4), {"eval/loss": 0.5})
+    assert best(folder, "eval/loss") == (folder / "step-00000004", 0.5)
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert newest(folder).progress.step == 4
+    assert best(folder, "train/loss") is None
+
+
+def test_what_earlier_attempts_left_unfinished_is_cleared_and_never_taken_for_a_part(tmp_path):
+    folder = place(tmp_path).folder
+    stale = folder / ".step-00000002.attempt-0.partial"
+    stale.mkdir()
+    (stale / ".part-00001.json").write_text("{}")
+    writer = Writer(place(tmp_path), 0, 2)
+    writer.write(Progress(2), {}, files(2))
+    with pytest.raises(TimeoutError):
+        writer._pending.result(timeout=0.5)
+    clear(folder)
+    assert list(folder.iterdir()) == [] and newest(folder) is None
+
+
+def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_up(tmp_path):
+    writer = Writer(place(tmp_path), 0, 1)
+    folder = tmp_path / "checkpoints"
+    folder.rename(tmp_path / "unmounted")
+    writer.write(Progress(2), {}, files(2))
+    with pytest.raises(TimeoutError):
+        writer._pending.result(timeout=1.2)
+    writer.check()
+    (tmp_path / "unmounted").rename(folder)
+    writer.wait()
+    assert newest(folder).progress.step == 2
+
+
+def test_a_full_disk_is_reported_as_such_at_once_and_the_checkpoint_before_stays(tmp_path):
+    writer = Writer(place(tmp_path), 0, 1)
+    writer.write(Progress(2), {}, files(2))
+    writer.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file grows beyond this, as on a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        writer.write(Progress(4), {}, {"weights.safetensors": ({"a": torch.zeros(1 << 20)}, {})})
+        with pytest.raises(InfrastructureError, match=r"step 4 could not be written .* Make room") as found:
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert found.value.exit_code == 4
-    assert newest(tmp_path).progress.step == 2
-    with pytest.raises(RuntimeError, match="a worker is gone"), writing(tmp_path, Progress(4), 1, "x"):
-        raise RuntimeError("a worker is gone")
+    with pytest.raises(InfrastructureError, match="step 4"):
+        writer.check()
+    assert newest(tmp_path / "checkpoints").progress.step == 2

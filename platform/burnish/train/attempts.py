@@ -1,0 +1,228 @@
+"""The attempts at a run: from the newest checkpoint on, until one ends by itself or fails for good."""
+
+import logging
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from burnish.data import order, pipeline
+from burnish.data.stages import Patience, Stages
+from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped, TrainingError
+from burnish.train import checkpoint, goodput
+from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress
+from burnish.train.cluster import draining, role_labels, width
+from burnish.train.failure import decide, last_line, lost_to_memory, memory_options
+from burnish.train.prepare import Prepared
+from burnish.train.split import OrderedSplit
+from burnish.train.watchdog import hang
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""Times that a run is started again after a worker or a node was lost, without progress in between."""
+Watch = Callable[[Path, dict[str, Any]], None]
+"""Called about once a second with the run folder and facts of the run, to show how far it is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all attempts at a run share."""
+
+    prepared: Prepared
+    folder: Path
+    run_id: str | None
+    cuda: bool
+    callbacks: tuple[Any, ...]
+
+
+def attempt_until_done(run: Run, watch: Watch | None) -> None:
+    """Attempts from the newest checkpoint on, until one ends by itself.
+
+    Raises Stopped where a stop was asked for, InfrastructureError where workers are lost again and again without a step in
+    between, and what an attempt raised that another one would raise again.
+    """
+    failures, reached = 0, -1
+    while True:
+        start = _start(run.folder)
+        step = start.progress.step if start else 0
+        failures = failures if step == reached else 0
+        reached = step
+        workers = width(run.prepared.recipe, run.cuda)
+        goodput.begin(run.folder, step, workers)
+        why = "failed"
+        try:
+            with _stop_on_signal(run.folder) as asked:
+                try:
+                    _watched(partial(_fit, run, start, workers), run, watch)
+                finally:
+                    if (run.folder / STOP_FILE).exists():
+                        asked.set()
+            why = "stopped" if asked.is_set() else "finished"
+        except TrainingFailedError as error:
+            failures += 1
+            reason = decide(error, run.prepared.recipe) or _given_up(error, run, step, workers, failures)
+            if reason is not None:
+                raise reason from error
+            lost = hang(run.folder, workers) or f"a worker was lost ({last_line(error)})"
+            why = f"lost: {lost}"
+            if asked.is_set():
+                raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
+            logger.warning("%s; starting again from the newest checkpoint", lost)
+            continue
+        finally:
+            goodput.end(run.folder, why)
+        if asked.is_set():
+            last = checkpoint.newest(run.folder / "checkpoints")
+            step = last.progress.step if last else 0
+            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
+        return
+
+
+def _start(folder: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from; what earlier attempts left behind is taken away."""
+    checkpoint.clear(folder / "checkpoints")
+    hang(folder, 0)
+    (folder / SAVE_FILE).unlink(missing_ok=True)
+    start = checkpoint.newest(folder / "checkpoints")
+    if start is not None and not (start.path / checkpoint.OPTIMIZER).is_dir():
+        raise RecipeError(f"name: {start.path} was written by a version whose checkpoints differ. Choose a new name")
+    return start
+
+
+def _given_up(error: TrainingFailedError, run: Run, step: int, workers: int, failures: int) -> BurnishError | None:
+    """What ends a run whose workers were lost too often without a step in between; None where it may be tried again."""
+    if failures <= MAX_RESTARTS:
+        return None
+    if lost_to_memory(error):
+        return TrainingError(
+            f"out of memory: Ray ended workers {failures} times after step {step}, because their node had none left. "
+            f"{memory_options(run.prepared.recipe)}"
+        )
+    return InfrastructureError(
+        f"workers were lost {failures} times after step {step}: {hang(run.folder, workers) or last_line(error)}"
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """A worker's entry: the driver need not import what only workers use."""
+    from burnish.train.loop import train_loop
+
+    train_loop(config)
+
+
+def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int) -> None:
+    """One attempt: the stream from the checkpoint's cursor on, and the workers."""
+    prepared, recipe = run.prepared, run.prepared.recipe
+    progress = start.progress if start else Progress()
+    windows = order.train_slices(recipe, prepared.train, progress.cursor)
+    rendering, rounds = prepared.rendering(), prepared.rounds()
+    stages = Stages()
+    metric = recipe.checkpoint.best
+    leader = checkpoint.best(run.folder / "checkpoints", metric) if metric else None
+    attempt = Attempt(
+        name=f"attempt-{uuid.uuid4().hex[:8]}",
+        recipe=recipe.located(),
+        run_folder=run.folder,
+        resume=start.path if start else None,
+        progress=progress,
+        best=leader[1] if leader else None,
+        remains=bool(windows),
+        num_rows=prepared.train.num_rows + (prepared.eval.num_rows if prepared.eval else 0),
+        behaviour_sha256=prepared.contract.behaviour_sha256,
+        run_id=run.run_id,
+        cuda=run.cuda,
+        patience=Patience(recipe.scale.stall_seconds, stages),
+    )
+    datasets = {}
+    if windows:
+        datasets["train"] = pipeline.stream(windows, rendering, rounds, workers, progress.cursor, stages)
+    if prepared.eval is not None:
+        held_out = order.eval_slices(recipe, prepared.eval)
+        datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor(), stages)
+    # A collective must outlast the watchdog, which knows who hangs.
+    patience = int(2 * recipe.scale.stall_seconds) + 60
+    elastic = len(recipe.widths()) > 1
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"attempt": attempt},
+        torch_config=TorchConfig(backend="nccl" if run.cuda else "gloo", timeout_s=patience),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=run.cuda, label_selector=role_labels(recipe, "train")),
+        # burnish keeps its own checkpoints and restarts; Ray's folder holds nothing that is needed again. Ray waits for ever
+        # for nodes that are not there, which is right unless fewer workers would do.
+        run_config=RunConfig(
+            name=attempt.name,
+            storage_path=str(run.folder / ".ray"),
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1
+            ),
+            callbacks=list(run.callbacks),
+        ),
+        datasets=datasets,
+        dataset_config=OrderedSplit(role_labels(recipe, "data")),
+    )
+    trainer.fit()
+
+
+def _watched(work: Callable[[], None], run: Run, watch: Watch | None) -> None:
+    """Runs the work in a thread, so that this one can show progress and take signals; raises what the work raises.
+
+    Where a node is about to be taken away, the workers are asked for a checkpoint.
+    """
+    future: Future[None] = Future()
+
+    def begin() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    # A daemon, so that a second Ctrl-C ends the command whatever the work is waiting for.
+    threading.Thread(target=begin, daemon=True).start()
+    known = draining()
+    while True:
+        finished = wait([future], timeout=0.5).done
+        if watch is not None:
+            watch(run.folder, {"max_steps": run.prepared.recipe.train.max_steps})
+        if finished:
+            return future.result()
+        leaving = draining()
+        if leaving - known:
+            logger.warning("a node will be taken away; writing a checkpoint")
+            (run.folder / SAVE_FILE).touch()
+        known |= leaving
+
+
+@contextmanager
+def _stop_on_signal(folder: Path) -> Iterator[threading.Event]:
+    """While the block runs, SIGTERM and the first Ctrl-C ask the workers for a checkpoint and an end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        (folder / STOP_FILE).touch()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (folder / STOP_FILE).unlink(missing_ok=True)

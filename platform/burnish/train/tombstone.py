@@ -1,0 +1,39 @@
+"""A run that failed for good says so at once when it is started again, so that an automatic retry burns no GPUs."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from burnish import errors
+from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped
+from burnish.train.ledger import replace_text
+
+_FILE = "failed.json"
+
+
+def fingerprint(recipe_yaml: str, digests: dict[str, str]) -> str:
+    """The sha256 of all that a run was started from; another one may succeed where this one failed."""
+    return hashlib.sha256(json.dumps([recipe_yaml, digests]).encode()).hexdigest()
+
+
+def bury(folder: Path, error: BaseException, started_from: str) -> None:
+    """Notes an error that would come again: not one of a machine or cluster, not a stop, not of the command line."""
+    if isinstance(error, BurnishError) and not isinstance(error, InfrastructureError | RecipeError | Stopped):
+        note = {"error": type(error).__name__, "message": str(error), "started_from": started_from}
+        replace_text(folder / _FILE, json.dumps(note, indent=2) + "\n")
+
+
+def check(folder: Path, started_from: str) -> None:
+    """Raises the error with which this run failed for good; forgets it where the run is started from something else."""
+    try:
+        note = json.loads((folder / _FILE).read_text())
+        kind, message, was = getattr(errors, note["error"]), note["message"], note["started_from"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return
+    if was != started_from:
+        (folder / _FILE).unlink(missing_ok=True)
+        return
+    raise kind(
+        f"{message} (This run failed so before, and nothing of its recipe and data has changed, so nothing was started. "
+        f"To try it again as it is, delete {folder / _FILE})"
+    )

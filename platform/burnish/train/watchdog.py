@@ -1,0 +1,86 @@
+"""Ends a worker that makes no step any more, after it wrote down where it stands, so that the run can start again."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from burnish.train.ledger import lines, replace_text
+
+EXIT_CODE = 70
+"""What a worker ends with that the watchdog ended."""
+_GRACE = 0.1
+"""Share of the limit that a worker waits before it ends, so that the others can write down where they stand too."""
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+"""Code in which a worker waits for others."""
+_FRAMES = 12
+"""Innermost calls that tell what a worker is at; a collective is called from below a few of its own."""
+_Item = TypeVar("_Item")
+
+
+class Watchdog:
+    """Watches the thread that made it, from its first `beat` on; after `seconds` without another, the process ends.
+
+    A worker that hangs inside a library may hold Python's lock, so that its own watchdog cannot run; those of the workers
+    that wait for it can.
+    """
+
+    def __init__(self, folder: Path, world_rank: int, seconds: float) -> None:
+        self._file, self._seconds = folder / f".hang-{world_rank:05d}.json", seconds
+        self._about = {"world_rank": world_rank, "node": os.uname().nodename, "seconds": seconds}
+        self._watched = threading.get_ident()
+        self._beat: float | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self) -> None:
+        """Says that the watched thread is alive."""
+        self._beat = time.monotonic()
+
+    def rest(self) -> None:
+        """Stops watching until the next beat."""
+        self._beat = None
+
+    def patient(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        """The same items; waiting for the next one is not watched."""
+        while True:
+            self.rest()
+            item = next(items, None)
+            self.beat()
+            if item is None:
+                return self.rest()
+            yield item
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._seconds / 10))
+            beat = self._beat
+            if beat is not None and time.monotonic() - beat > self._seconds:
+                self._note()
+                time.sleep(self._seconds * _GRACE)
+                os._exit(EXIT_CODE)
+
+    def _note(self) -> None:
+        calls = traceback.extract_stack(sys._current_frames()[self._watched])[-_FRAMES:]
+        waits = any(part in call.filename for call in calls for part in _COLLECTIVES)
+        inner = [call for call in calls if not any(part in call.filename for part in _COLLECTIVES)]
+        at = f"{inner[-1].filename}:{inner[-1].lineno} in {inner[-1].name}" if inner else "a collective"
+        replace_text(self._file, json.dumps({**self._about, "waits": waits, "at": at}) + "\n")
+
+
+def hang(folder: Path, num_workers: int) -> str | None:
+    """Which workers of a run hung, and where, or None where none did; what they wrote down is taken away."""
+    notes = [note for path in sorted(folder.glob(".hang-*.json")) for note in lines(path)]
+    for path in folder.glob(".hang-*.json"):
+        path.unlink(missing_ok=True)
+    if not notes:
+        return None
+    hung = [f"worker {note['world_rank']} on {note['node']} stood at {note['at']}" for note in notes if not note["waits"]]
+    silent = sorted(set(range(num_workers)) - {note["world_rank"] for note in notes})
+    hung += [f"worker {world_rank} said nothing, so its process hangs as a whole" for world_rank in silent]
+    hung = hung or [f"every worker waited for the others, worker {note['world_rank']} at {note['at']}" for note in notes[:1]]
+    return f"no step for {notes[0]['seconds']:.0f} s (scale.stall_seconds, and a quarter more): {'; '.join(hung)}"
