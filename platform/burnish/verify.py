@@ -39,7 +39,7 @@ def verify(path: Path) -> Verdict:
     of another contract. RecipeError where the folder is no export.
     """
     folder, contract = _exported(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template; the contract's stands in {folder / 'contract.json'}")
     now = Contract.of(_template(folder, tokenizer, contract))
@@ -67,7 +67,7 @@ def verify_server(
             raise RecipeError(f"--skip {name!r}: no probe has this name{nearest(name, set(PROBES))}")
     offline = verify(path)
     folder, contract = _exported(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     # The server reads today's clock, so what it is compared with shows today too.
     template = _template(folder, tokenizer, replace(contract, date=None))
     server = Server.find(url, model, api_key)

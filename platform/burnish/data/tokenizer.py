@@ -60,7 +60,7 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
     from transformers import AutoTokenizer  # it imports torch, and data tasks unpickle what stands here
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {one_line(error)}") from None
     fixed = recipe.template.date.isoformat() if recipe.template.date else date
