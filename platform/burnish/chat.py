@@ -42,7 +42,6 @@ class Chat:
 
             if not (folder / "adapter_model.safetensors").exists():
                 raise RecipeError(f"{folder}: has no adapter_model.safetensors, and an adapter is read from no other file")
-
             model = PeftModel.from_pretrained(model, str(folder))
         contract = folder / "contract.json"
         known = json.loads(contract.read_text()) if contract.exists() else {"kwargs": {}}

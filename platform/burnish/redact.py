@@ -13,8 +13,8 @@ _SECRET_WORDS = {
 }  # fmt: skip
 _KEY_OF = {"api", "access", "secret", "private", "signing", "encryption", "auth", "account"}
 _VOCABULARY = {
-    "bos", "eos", "pad", "unk", "cls", "sep", "mask", "stop", "start", "end", "special", "control", "image", "audio", "video",
-    "per", "each", "next", "first", "last", "think", "decoder", "generated",
+    "bos", "eos", "pad", "unk", "cls", "sep", "mask", "stop", "start", "end", "special", "control", "image", "audio",
+    "video", "per", "each", "next", "first", "last", "think", "decoder", "generated",
 }  # fmt: skip
 """Words before `token` that make it a token of a vocabulary."""
 _PLACES = {"path", "file", "folder", "dir", "name", "env", "uri", "url", "sha"}
@@ -72,7 +72,7 @@ def redact(text: str, known: Collection[str] = ()) -> str:
 
 
 def _without_assigned(text: str) -> str:
-    """The text without the values that are written behind the key of a secret, as in `HF_TOKEN=...` and `"password": "..."`."""
+    """The text without the values written behind the key of a secret, as in `HF_TOKEN=...` and `"password": "..."`."""
     kept, at = [], 0
     while found := _KEY.search(text, at):
         name, sign = found.groups()

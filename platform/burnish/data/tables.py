@@ -131,11 +131,9 @@ def _check_inside(folder: Path) -> None:
     listed = folder / "dataset_dict.json"
     for split in json.loads(listed.read_text())["splits"] if listed.exists() else [""]:
         state = json.loads((folder / split / "state.json").read_text())
-        for name in (split, *(f"{split}/{entry['filename']}" for entry in state["_data_files"])):
-            if not (folder / name.lstrip("/")).resolve().is_relative_to(folder.resolve()) or split.startswith("/"):
-                raise DataError(
-                    f"{folder}: names {name!r}, which lies outside of it; save the data set again with its files"
-                )
+        for place in (folder / split, *(folder / split / entry["filename"] for entry in state["_data_files"])):
+            if not place.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{folder}: names {place}, which lies outside of it; save the data set again with its files")
 
 
 def _scan_dataset(path: str, slice_rows: int) -> list[Part]:

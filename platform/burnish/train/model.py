@@ -50,8 +50,8 @@ def _check_files(folder: Path) -> None:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise RecipeError(
-                f"model.path: {folder} has its weights in {pickled[0]}, a pickle, which can run code when it is read; convert "
-                'it where nothing can be harmed: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"model.path: {folder} has its weights in {pickled[0]}, a pickle, which can run code when it is read; "
+                'convert it where nothing can be harmed: python -c "from transformers import AutoModelForCausalLM as M; '
                 "M.from_pretrained('OLD').save_pretrained('NEW')\", and name the new folder with the tokenizer's files"
             )
         raise RecipeError(f"model.path: {folder} has no weights (*.safetensors); copy them there or name another folder")
