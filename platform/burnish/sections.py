@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from burnish.errors import RecipeError
+from burnish.errors import RecipeError, one_line
 
 
 class Spec(BaseModel):
@@ -61,6 +61,16 @@ class ModelSpec(Spec):
                 "model that the code belongs to, or write trust_remote_code: false"
             )
         return {"revision": self.revision, "trust_remote_code": True, "code_revision": self.revision}
+
+    def unloadable(self, error: Exception) -> str:
+        """Why what transformers raised kept the model from being loaded, and what to write instead."""
+        if "trust_remote_code" in str(error):
+            return (
+                f"model.path: {self.path} cannot be loaded without running code that it brings; name a model that "
+                "transformers knows, or, for a Hub model whose code you have read, write model.trust_remote_code: true and "
+                "its commit in model.revision"
+            )
+        return f"model.path: {self.path} cannot be loaded: {one_line(error)}"
 
 
 class LoraSpec(Spec):

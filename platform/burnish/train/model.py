@@ -191,7 +191,7 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
             **options,
         )
     except (OSError, ValueError) as error:
-        raise RecipeError(_unloadable(recipe, error)) from None
+        raise RecipeError(recipe.model.unloadable(error)) from None
 
 
 def with_adapters(model: Any, spec: LoraSpec) -> Any:
@@ -222,15 +222,4 @@ def _configuration(recipe: Recipe) -> Any:
     try:
         return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError) as error:
-        raise RecipeError(_unloadable(recipe, error)) from None
-
-
-def _unloadable(recipe: Recipe, error: Exception) -> str:
-    """Why a model could not be loaded, and what to write instead."""
-    if "trust_remote_code" in str(error):
-        return (
-            f"model.path: {recipe.model.path} cannot be loaded without running code that it brings; name a model that "
-            "transformers knows, or, for a Hub model whose code you have read, write model.trust_remote_code: true and its "
-            "commit in model.revision"
-        )
-    return f"model.path: {recipe.model.path} cannot be loaded: {one_line(error)}"
+        raise RecipeError(recipe.model.unloadable(error)) from None
