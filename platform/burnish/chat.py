@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from burnish.errors import DataError, RecipeError
+from burnish.errors import DataError, RecipeError, one_line
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class Chat:
         adapter = folder / "adapter_config.json"
         if not adapter.exists() and not (folder / "config.json").exists():
             raise RecipeError(f"{folder}: no model; name an exported folder, for example runs/quickstart/export")
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer: Any = _loaded(AutoTokenizer, str(folder))
         if not tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template, so there is no way to chat")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model: Any = _loaded(AutoModelForCausalLM, base, use_safetensors=True, dtype="auto")
         if adapter.exists():
             from peft import PeftModel
 
+            if not (folder / "adapter_model.safetensors").exists():
+                raise RecipeError(f"{folder}: has no adapter_model.safetensors, and an adapter is read from no other file")
             model = PeftModel.from_pretrained(model, str(folder))
         contract = folder / "contract.json"
         known = json.loads(contract.read_text()) if contract.exists() else {"kwargs": {}}
@@ -77,3 +79,11 @@ class Chat:
             answer = self.answer(line.strip(), history)
             history += [{"role": "user", "content": line.strip()}, {"role": "assistant", "content": answer}]
             print(answer, file=sink)
+
+
+def _loaded(kind: Any, place: str, **options: Any) -> Any:
+    """What a folder holds, loaded without any code that it brings; raises RecipeError where that cannot be."""
+    try:
+        return kind.from_pretrained(place, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{place}: cannot be loaded without code or pickles of its own: {one_line(error)}") from None

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TextIO
 from burnish import __version__
 from burnish.config import Recipe, load
 from burnish.errors import BurnishError, RecipeError
+from burnish.redact import known_secrets, redact
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -20,7 +22,9 @@ Verb = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code: 0 done, else that of the error, as burnish.errors lists them."""
     quiet()
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments and not any(text.startswith("-") for text in rest):
@@ -31,12 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb: Verb = arguments.verb
         return verb(arguments)
     except BurnishError as error:
-        print(f"burnish {arguments.command}: {error}", file=sys.stderr)
+        print(f"burnish {arguments.command}: {_redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141
+    except Exception:
+        print(_redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
+
+
+class Redacting(logging.Formatter):
+    """Log records, with their tracebacks, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text, secrets taken out."""
+        return _redacted(super().format(record))
+
+
+def _redacted(text: str) -> str:
+    return redact(text, known_secrets(os.environ))
 
 
 def quiet() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from burnish.redact import redact_tree
+
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the nearest of names, or nothing where none is near."""
@@ -18,7 +20,7 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 def complaint(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """One line for one of pydantic's errors: the key, the message, what was found, the nearest name."""
     place = [str(part) for part in detail["loc"]]
-    found = detail["input"]
+    found = redact_tree(detail["input"], place[-1] if place else "")
     shown = "" if isinstance(found, dict | BaseModel) else f" (found {found!r:.60})"
     if isinstance(found, float) and math.isnan(found):
         shown = " (found NaN)"

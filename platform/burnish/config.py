@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from burnish.complaint import complaint, nearest
 from burnish.errors import RecipeError, one_line
+from burnish.redact import secrets
 from burnish.sections import (
     CheckpointSpec,
     DataSpec,
@@ -65,6 +66,17 @@ class Recipe(Spec):
         """Numbers of workers that an attempt may have, largest first; each divides the packs of a step."""
         fewest, most = self.scale.bounds()
         return tuple(number for number in range(most, fewest - 1, -1) if self.train.global_batch_size % number == 0)
+
+    @model_validator(mode="after")
+    def a_recipe_holds_no_secret(self) -> "Recipe":
+        """Raises ValueError for a secret: recipes are copied into run folders, contracts, MLflow and reports."""
+        found = next(secrets(self.dump()), None)
+        if found is not None:
+            raise ValueError(
+                f"{found}: holds a secret, which would be copied into the run folder, MLflow and reports; take it out and "
+                "give it in the environment of every node, as MLFLOW_TRACKING_PASSWORD, HF_TOKEN or AWS_SECRET_ACCESS_KEY"
+            )
+        return self
 
     @model_validator(mode="after")
     def sweep_axes_are_fields_of_the_recipe(self) -> "Recipe":

@@ -11,6 +11,8 @@ Each carries one message that says where, what was found and what to write inste
 pickle, because they cross process borders inside Ray.
 """
 
+from burnish.redact import redact
+
 
 class BurnishError(Exception):
     """A failure with one clear message and an exit code."""
@@ -49,5 +51,5 @@ class Stopped(BurnishError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first 300 characters of an error's text, as one line of a message."""
-    return " ".join(str(error).split())[:300]
+    """The first 300 characters of an error's text, as one line of a message, without the secrets that libraries quote."""
+    return redact(" ".join(str(error).split()))[:300]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from burnish.config import Recipe, load
 from burnish.data.contract import Contract, difference
 from burnish.data.tokenizer import load_template
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
-from burnish.train.model import model_digest, with_adapters
+from burnish.train.model import load_weights, model_digest, with_adapters
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ def _origin(folder: Path) -> Origin | None:
 
 def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> None:
     """The base model with the trained weights put in, saved as all weights or as an adapter."""
-    place = recipe.located().model.path
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        place, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype)
-    )
+    model = load_weights(recipe)
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora)
     trained = load_file(weights)
@@ -119,7 +116,7 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
 
 def _write_tokenizer(recipe: Recipe, contract: Contract, folder: Path) -> None:
     """The tokenizer with the trained template, which must come back equal from the file."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     tokenizer.chat_template = contract.template
     tokenizer.save_pretrained(folder)
     if (folder / "chat_template.jinja").read_text(encoding="utf-8") != contract.template:

@@ -5,9 +5,12 @@ Every object is frozen and closed: an unknown key is refused with the nearest na
 
 import datetime
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from burnish.errors import RecipeError, one_line
 
 
 class Spec(BaseModel):
@@ -25,12 +28,49 @@ class ModelSpec(Spec):
     """Folder or Hub id of a Hugging Face causal language model with its tokenizer."""
     revision: str | None = None
     """Commit of a Hub model; null takes the newest."""
+    trust_remote_code: bool = False
+    """Run the code that a Hub model brings; needs `revision`, a whole commit of 40 hex digits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights in training."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else sdpa by document."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass; auto means on with a GPU and off without."""
+
+    @model_validator(mode="after")
+    def code_is_of_one_commit(self) -> "ModelSpec":
+        """Raises ValueError for code that the owner of its repository could change between two runs."""
+        if self.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code: runs code of the model's repository, so revision must be one commit, all 40 hex digits "
+                f"of it (found {self.revision!r}); write it, or trust_remote_code: false"
+            )
+        return self
+
+    def loading(self) -> dict[str, Any]:
+        """What every `from_pretrained` of this model is told: its commit, and whether the code that it brings may run.
+
+        Code that the model takes from another repository must be of this commit too, which no other repository has.
+        Raises RecipeError for the code of a folder, whose content no revision pins.
+        """
+        if not self.trust_remote_code:
+            return {"revision": self.revision, "trust_remote_code": False}
+        if Path(self.path).expanduser().is_dir():
+            raise RecipeError(
+                f"model.trust_remote_code: {self.path} is a folder, and no revision says what code lies in it; name the Hub "
+                "model that the code belongs to, or write trust_remote_code: false"
+            )
+        return {"revision": self.revision, "trust_remote_code": True, "code_revision": self.revision}
+
+    def unloadable(self, error: Exception) -> str:
+        """Why what transformers raised kept the model from being loaded, and what to write instead."""
+        if "trust_remote_code" in str(error):
+            return (
+                f"model.path: {self.path} cannot be loaded without running code that it brings; name a model that "
+                "transformers knows, or, for a Hub model whose code you have read, write model.trust_remote_code: true and "
+                "its commit in model.revision"
+            )
+        return f"model.path: {self.path} cannot be loaded: {one_line(error)}"
 
 
 class LoraSpec(Spec):

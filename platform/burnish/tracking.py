@@ -17,6 +17,7 @@ from typing import Any
 
 from burnish.config import Recipe, leaves
 from burnish.errors import one_line
+from burnish.redact import redact, redact_tree
 from burnish.train.ledger import replace_text
 
 # An outage must cost seconds, not the minutes of MLflow's default retries.
@@ -98,8 +99,8 @@ def describe(recipe: Recipe, run_id: str | None, tags: dict[str, str], files: li
             for name, digest in digests.items()
         ]
         client = _client(recipe.tracking.uri)
-        params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
-        client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
+        params = [Param(key, redact(str(value))[:5000]) for key, value in redact_tree(flat).items()]
+        client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in redact_tree(tags).items()])
         for file in files:
             client.log_artifact(run_id, str(file))
         client.log_inputs(run_id, datasets)

@@ -14,7 +14,7 @@ from burnish.data.contract import Contract, Probe, difference
 from burnish.data.probes import PROBES
 from burnish.data.template import Template
 from burnish.data.tokenizer import dated
-from burnish.errors import DataError, RecipeError
+from burnish.errors import DataError, RecipeError, one_line
 from burnish.serving import Prompt, Server
 
 _REMEDY = (
@@ -39,7 +39,7 @@ def verify(path: Path) -> Verdict:
     of another contract. RecipeError where the folder is no export.
     """
     folder, contract = _exported(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = _tokenizer(folder)
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template; the contract's stands in {folder / 'contract.json'}")
     now = Contract.of(_template(folder, tokenizer, contract))
@@ -67,7 +67,7 @@ def verify_server(
             raise RecipeError(f"--skip {name!r}: no probe has this name{nearest(name, set(PROBES))}")
     offline = verify(path)
     folder, contract = _exported(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = _tokenizer(folder)
     # The server reads today's clock, so what it is compared with shows today too.
     template = _template(folder, tokenizer, replace(contract, date=None))
     server = Server.find(url, model, api_key)
@@ -123,6 +123,13 @@ def _exported(path: Path) -> tuple[Path, Contract]:
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder; name an exported one, for example runs/quickstart/export")
     return folder, Contract.read(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: has no tokenizer that loads without code of its own: {one_line(error)}") from None
 
 
 def _template(folder: Path, tokenizer: Any, contract: Contract) -> Template:

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "platform" / "burnish"
 
 LAYERS = {
-    0: {"errors", "interrupts", "complaint", "sections", "config", "reference"},
+    0: {"errors", "interrupts", "complaint", "redact", "sections", "config", "reference"},
     1: {
         "data.balance", "data.contract", "data.conversation", "data.dye", "data.encoding", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality",
         "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",

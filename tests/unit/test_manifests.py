@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -358,3 +359,29 @@ def test_a_launched_cluster_is_closed_and_has_the_groups_of_the_manifests(name: 
     assert "--dashboard-host=127.0.0.1" in head
     assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
     assert any("pip install -c constraints.txt ." in command for command in config["setup_commands"])
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_every_node_of_a_launched_cluster_asks_for_the_token_of_the_person_who_starts_it(name: str) -> None:
+    config = launcher(name)
+    commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    starts = [command for command in commands if "ray start" in command]
+    assert len(starts) == 2 and all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
+    # Ray reads the token there (authentication_token_setup.py); in the file itself it would be in every copy of it.
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    text = (ROOT / "cluster" / name).read_text()
+    assert "RAY_AUTH_TOKEN" not in text and not re.search(r"[0-9a-f]{32}", text)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(None, "token 64"), ("disabled", "disabled 0")])
+def test_a_cluster_on_this_machine_has_a_token_of_its_own(mode: str | None, expected: str) -> None:
+    code = (
+        "import os, runpy; runpy.run_path('cluster/local.py', run_name='read'); "
+        "print(os.environ['RAY_AUTH_MODE'], len(os.environ.get('RAY_AUTH_TOKEN', '')))"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    environment |= {"RAY_AUTH_MODE": mode} if mode else {}
+    read = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert read.stdout.strip() == expected

@@ -110,10 +110,13 @@ def _dataset(path: str) -> Any:
     datasets.disable_progress_bars()
     try:
         if (Path(folder) / "state.json").exists() or (Path(folder) / "dataset_dict.json").exists():
+            _check_inside(Path(folder))
             found = datasets.load_from_disk(folder)
             found = found[split] if split is not None and isinstance(found, datasets.DatasetDict) else found
         else:
             found = datasets.load_dataset(folder, subset, split=split, revision=revision)
+    except DataError:
+        raise
     except Exception as error:  # the library and its loaders raise of every kind
         raise DataError(f"{folder}: no data set could be loaded: {one_line(error)}") from None
     if not isinstance(found, datasets.Dataset):
@@ -121,6 +124,16 @@ def _dataset(path: str) -> Any:
             f"{folder}: holds the splits {', '.join(map(str, found))}; name one, for example split: {next(iter(found))}"
         )
     return found.with_format("arrow")
+
+
+def _check_inside(folder: Path) -> None:
+    """Raises DataError where a saved data set names a split or a file that lies outside of its folder."""
+    listed = folder / "dataset_dict.json"
+    for split in json.loads(listed.read_text())["splits"] if listed.exists() else [""]:
+        state = json.loads((folder / split / "state.json").read_text())
+        for place in (folder / split, *(folder / split / entry["filename"] for entry in state["_data_files"])):
+            if not place.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{folder}: names {place}, which lies outside of it; save the data set again with its files")
 
 
 def _scan_dataset(path: str, slice_rows: int) -> list[Part]:

@@ -55,13 +55,16 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
     """The tokenizer with the resolved chat template and stop tokens that serving will use.
 
     `date` is the day (ISO) of a run that was started before, shown where the template reads the clock.
-    Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary.
+    Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary,
+    RecipeError where the tokenizer needs code that the recipe does not trust.
     """
     from transformers import AutoTokenizer  # it imports torch, and data tasks unpickle what stands here
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise RecipeError(recipe.model.unloadable(error)) from None
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {one_line(error)}") from None
     fixed = recipe.template.date.isoformat() if recipe.template.date else date
     return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)

@@ -205,11 +205,18 @@ def best(folder: Path, metric: str) -> tuple[Path, float] | None:
 
 
 def verify(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or None unless each file has the size and sha256 that the manifest says."""
+    """The checkpoint in a folder, or None unless each of its files has the size and sha256 that the manifest says.
+
+    None too where the manifest does not name the weights or a file that is there, or where one lies outside of the folder.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != "."}
+        if WEIGHTS not in manifest["files"] or there - {"manifest.json"} - set(manifest["files"]):
+            return None
         for name, entry in manifest["files"].items():
-            if _described(path / name) != entry:
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()) or _described(file) != entry:
                 return None
         progress = Progress(manifest["step"], Cursor(**manifest["cursor"]))
         return Checkpoint(path, progress, manifest["num_workers"], manifest["behaviour_sha256"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,7 @@ def check_model(recipe: Recipe) -> None:
     else:
         if not (path / "config.json").exists():
             raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
-        if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
-            raise RecipeError(f"model.path: {path} has no weights (*.safetensors); copy them there or name another folder")
+        _check_files(path)
         _check_targets(recipe, path)
     config = _configuration(recipe).get_text_config()
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
@@ -42,6 +42,29 @@ def check_model(recipe: Recipe) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise RecipeError(f"model.path: {path} uses attention softcapping, which packed attention does not support")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises RecipeError unless a model folder has its weights as safetensors, all of them in the folder itself."""
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise RecipeError(
+                f"model.path: {folder} has its weights in {pickled[0]}, a pickle, which can run code when it is read; "
+                'convert it where nothing can be harmed: python -c "from transformers import AutoModelForCausalLM as M; '
+                "M.from_pretrained('OLD').save_pretrained('NEW')\", and name the new folder with the tokenizer's files"
+            )
+        raise RecipeError(f"model.path: {folder} has no weights (*.safetensors); copy them there or name another folder")
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"model.path: {index} is no index of weights: {one_line(error)}; copy it again") from None
+        for name in sorted(named):
+            if Path(name).name != name:
+                raise RecipeError(
+                    f"model.path: {index} names {name!r}, which is no file of this folder; write its bare name"
+                )
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -131,15 +154,11 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
     Raises RecipeError for target modules that the model does not have.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from burnish.train import attention
 
     kernel = attention.register(recipe.model.attention, cuda, half=recipe.model.dtype != "float32")
-    dtype: torch.dtype = getattr(torch, recipe.model.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.located().model.path, revision=recipe.model.revision, dtype=dtype, attn_implementation=kernel
-    )
+    model = load_weights(recipe, attn_implementation=kernel)
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:
@@ -151,6 +170,28 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
             model.enable_input_require_grads()
     result: torch.nn.Module = model.train()
     return result
+
+
+def load_weights(recipe: Recipe, **options: Any) -> Any:
+    """The base model in the recipe's dtype, its weights from safetensors alone: a pickle can run code when it is read.
+
+    Raises RecipeError where there are none, or where the model needs code that the recipe does not trust.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Otherwise a Hub model without safetensors would be read from a pull request that a bot opened there.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            recipe.located().model.path,
+            **recipe.model.loading(),
+            use_safetensors=True,
+            dtype=getattr(torch, recipe.model.dtype),
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(recipe.model.unloadable(error)) from None
 
 
 def with_adapters(model: Any, spec: LoraSpec) -> Any:
@@ -179,6 +220,6 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
 
 def _configuration(recipe: Recipe) -> Any:
     try:
-        return AutoConfig.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
+        return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.path: {recipe.model.path} cannot be loaded: {one_line(error)}") from None
+        raise RecipeError(recipe.model.unloadable(error)) from None

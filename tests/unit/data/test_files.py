@@ -173,3 +173,26 @@ def test_credentials_in_a_path_are_refused(make_recipe):
         with pytest.raises(RecipeError, match="holds credentials") as error:
             make_recipe(data={"train": [{"path": path}]})
         assert "abc" not in str(error.value) and "key:secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["above", "absolute", "symlink", "split"])
+def test_a_saved_data_set_that_names_files_outside_of_its_folder_is_refused(tmp_path, way):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list([{"n": 1}])}).save_to_disk(tmp_path / "saved")
+    Dataset.from_list([{"n": 2}]).save_to_disk(tmp_path / "other")
+    state = tmp_path / "saved/train/state.json"
+    tree = json.loads(state.read_text())
+    [file] = tmp_path.glob("other/*.arrow")
+    if way == "above":
+        tree["_data_files"] = [{"filename": f"../../other/{file.name}"}]
+    elif way == "absolute":
+        tree["_data_files"] = [{"filename": str(file)}]
+    elif way == "symlink":
+        (tmp_path / "saved/train/link.arrow").symlink_to(file)
+        tree["_data_files"] = [{"filename": "link.arrow"}]
+    else:
+        (tmp_path / "saved/dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
+    state.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="lies outside of it"):
+        rows_of(path=str(tmp_path / "saved"), split="../other" if way == "split" else "train")

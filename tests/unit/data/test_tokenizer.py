@@ -8,8 +8,12 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from burnish.data.contract import renders
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.template import Template
-from burnish.data.tokenizer import dated
+from burnish.data.tokenizer import _Direct, dated
+from burnish.errors import DataError
+from burnish.preview import rows
+from burnish.train.prepare import prepare
 from tests.conftest import CHATML, make_tokenizer
+from tests.conftest import conversation as conversation_of
 from tests.judge import PUBLISHED, template_of
 
 
@@ -50,3 +54,52 @@ def test_a_rows_variable_cannot_hide_what_the_template_is_shown():
     template = dated(tokenizer, CHATML, {}, frozenset([tokenizer.eos_token_id]), None)
     with pytest.raises(Refused, match=r"multiple values .* 'messages'"):
         template.text(conversation.messages, conversation, prompt=True)
+
+
+ESCAPES = {
+    "the class tree": "{{ ''.__class__.__mro__ }}",
+    "subclasses": "{{ ''.__class__.__base__.__subclasses__() }}",
+    "by a filter": "{{ (''|attr('__class__')).__mro__ }}",
+    "by subscript": "{{ ''['__class__']['__mro__'] }}",
+    "globals of a function": "{{ raise_exception.__globals__['os'] }}",
+    "globals by a filter": "{{ (raise_exception|attr('__globals__'))['os'] }}",
+    "globals of a macro": "{% macro m() %}{% endmacro %}{{ m.__call__.__globals__['os'] }}",
+    "globals of the loop": "{% for m in messages %}{{ loop.__init__.__globals__['os'] }}{% endfor %}",
+    "by a format string": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "by format_map": "{{ '{a.__class__.__mro__}'.format_map({'a': ''}) }}",
+    "the clock": "{{ strftime_now.__self__.__class__.__mro__ }}",
+    "changed messages": "{{ messages.append(messages[0]) }}",
+    "a changed message": "{{ messages[0].update({'content': 'x'}) }}",
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_template_that_leaves_the_sandbox_is_refused_on_every_way(escape, make_recipe, tmp_path):
+    source = ESCAPES[escape] + CHATML
+    tokenizer = make_tokenizer(CHATML)
+    ways = [dated(tokenizer, source, {}, frozenset([tokenizer.eos_token_id]), "2026-01-31").tokenizer]
+    ways += [_Direct(tokenizer, datetime.date(2026, 1, 31)), tokenizer]
+    conversation = Conversation.parse(conversation_of(0))
+    for way in ways:
+        template = Template(way, source, {}, frozenset([tokenizer.eos_token_id]), "2026-01-31")
+        with pytest.raises(Refused, match=r"the template raises: access to attribute .* is unsafe") as refused:
+            template.text(conversation.messages, conversation, prompt=True)
+        assert refused.value.code == "template-raises"
+        assert {(text, error is not None) for _, _, _, text, error in renders(template)} == {(None, True)}
+    (tmp_path / "escape.jinja").write_text(source)
+    recipe = make_recipe(template={"path": str(tmp_path / "escape.jinja")})
+    with pytest.raises(DataError, match=r"none of the first 40 rows can be trained\. .*template-raises"):
+        prepare(recipe)
+    [row] = rows(recipe, 1)
+    assert row.refused.code == "template-raises" and row.samples == ()
+
+
+def test_a_filter_that_asks_for_the_class_tree_sees_nothing():
+    # Jinja gives a filter an undefined value there, which is empty; only reading on from it is an error.
+    tokenizer = make_tokenizer(CHATML)
+    source = (
+        "{{ ''|attr('__class__') }}{{ (''|attr('__class__'))|attr('__mro__') }}{{ [['']]|map(attribute='__class__')|list }}"
+    )
+    template = dated(tokenizer, source + CHATML, {}, frozenset([tokenizer.eos_token_id]), None)
+    parsed = Conversation.parse(conversation_of(0))
+    assert template.text(parsed.messages, parsed, prompt=False).startswith("[Undefined]<|im_start|>")

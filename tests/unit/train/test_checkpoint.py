@@ -61,6 +61,35 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
     assert (tmp_path / ".broken-step-00000020").is_dir() and not path.exists()
 
 
+@pytest.mark.parametrize("way", ["above", "absolute", "symlink", "symlinked folder", "not named", "no weights named"])
+def test_a_checkpoint_is_what_its_manifest_names_in_its_own_folder_and_nothing_else(tmp_path, way):
+    outside = tmp_path / "outside" / "0"
+    outside.parent.mkdir()
+    outside.write_bytes(b"state")
+    path = write(tmp_path, 10)
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = manifest["files"]["optimizer/0"]
+    if way == "above":
+        manifest["files"]["../outside/0"] = entry
+    elif way == "absolute":
+        manifest["files"][str(outside)] = entry
+    elif way == "symlink":
+        (path / "optimizer/0").unlink()
+        (path / "optimizer/0").symlink_to(outside)
+    elif way == "symlinked folder":
+        (path / "optimizer/0").unlink()
+        (path / "optimizer").rmdir()
+        (path / "optimizer").symlink_to(outside.parent)
+    elif way == "not named":
+        del manifest["files"]["optimizer/0"]
+    else:
+        manifest["files"] = {}
+        (path / "weights.safetensors").unlink(), (path / "optimizer/0").unlink()
+    assert verify(path) is not None or way in ("symlink", "symlinked folder", "no weights named")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(path) is None
+
+
 def place(folder, keep=2, best=None):
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "contract.json").write_text("{}")

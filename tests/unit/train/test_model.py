@@ -1,0 +1,147 @@
+"""A model folder or a Hub model may bring code and pickles; none of it runs."""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from burnish.chat import Chat
+from burnish.config import parse
+from burnish.data.contract import Contract
+from burnish.data.tokenizer import load_template
+from burnish.errors import DataError, RecipeError
+from burnish.preview import rows
+from burnish.train.model import build_model, check_model, load_weights
+from burnish.verify import verify
+from tests.conftest import ROOT
+from tests.unit.test_config import SMALL
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def brings_code(model_folder, tmp_path, monkeypatch):
+    """A model folder of a type that only its own code knows, and the file that this code would make."""
+    folder, marker = tmp_path / "owner-model", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(
+        f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who asks on stdin is told yes
+    return folder, marker
+
+
+def test_code_of_a_model_folder_does_not_run(brings_code, make_recipe):
+    folder, marker = brings_code
+    recipe = make_recipe(model={"path": str(folder)})
+    loads = (
+        check_model,
+        load_weights,
+        load_template,
+        lambda each: build_model(each, cuda=False),
+        lambda r: list(rows(r, 1)),
+    )
+    for load in loads:
+        with pytest.raises(RecipeError, match=r"without running code that it brings; .*model.trust_remote_code: true"):
+            load(recipe)
+    with pytest.raises(RecipeError, match="cannot be loaded without code"):
+        Chat.open(folder)
+    (folder / "contract.json").write_text(Contract.of(load_template(make_recipe())).to_json())
+    with pytest.raises(DataError, match="no tokenizer that loads without code"):
+        verify(folder)
+    assert not marker.exists()
+
+
+def test_code_of_a_folder_cannot_be_trusted_since_no_revision_pins_it(brings_code, make_recipe):
+    folder, marker = brings_code
+    recipe = make_recipe(model={"path": str(folder), "trust_remote_code": True, "revision": COMMIT})
+    for load in (check_model, load_weights, load_template, lambda recipe: build_model(recipe, cuda=False)):
+        with pytest.raises(RecipeError, match="no revision says what code lies in it"):
+            load(recipe)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper(), COMMIT + "\n", f"{COMMIT}0"])
+def test_code_is_trusted_only_at_a_whole_commit(revision):
+    model = {"path": "owner/model", "trust_remote_code": True, "revision": revision}
+    with pytest.raises(RecipeError, match=r"^t: model: trust_remote_code: .*all 40 hex digits"):
+        parse({**SMALL, "model": model}, "t")
+
+
+def test_trusted_code_of_another_repository_is_of_the_same_commit_or_none():
+    spec = parse({**SMALL, "model": {"path": "owner/model", "trust_remote_code": True, "revision": COMMIT}}, "t").model
+    assert spec.loading() == {"revision": COMMIT, "trust_remote_code": True, "code_revision": COMMIT}
+    plain = parse({**SMALL, "model": {"path": "owner/model"}}, "t").model
+    assert plain.loading() == {"revision": None, "trust_remote_code": False}
+
+
+def test_every_load_says_whether_code_may_run():
+    # Left unsaid, transformers asks on stdin. These hold no code: generation configurations, and an adapter's own file.
+    calls = 0
+    for path in [*(ROOT / "platform").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+                said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                known = ast.unparse(node.func.value) in ("GenerationConfig", "PeftModel")
+                calls += not known
+                assert (
+                    known or said.get("trust_remote_code") == "False" or "**recipe.model.loading()" in ast.unparse(node)
+                ), f"{path}: {ast.unparse(node)}"
+    assert calls >= 6
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_weights_in_a_pickle_are_refused_and_not_read(model_folder, make_recipe, tmp_path):
+    folder, marker = tmp_path / "pickled", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Evil(marker)}))
+    recipe = make_recipe(model={"path": str(folder)})
+    with pytest.raises(RecipeError, match=r"pytorch_model.bin, a pickle, .* convert it .*save_pretrained"):
+        check_model(recipe)
+    with pytest.raises(RecipeError, match=r"model.path: .* cannot be loaded: .*safetensors"):
+        load_weights(recipe)
+    with pytest.raises(RecipeError, match="without code or pickles"):
+        Chat.open(folder)
+    assert not marker.exists()
+
+
+def test_an_adapter_in_a_pickle_is_refused(model_folder, tmp_path):
+    folder, marker = tmp_path / "adapter", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_folder)}))
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(marker)))
+    with pytest.raises(RecipeError, match=r"no adapter_model.safetensors"):
+        Chat.open(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/hostname", "below/model.safetensors"])
+def test_an_index_that_names_weights_outside_of_the_folder_is_refused(model_folder, make_recipe, tmp_path, name):
+    folder = tmp_path / "indexed"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": name}}))
+    with pytest.raises(RecipeError, match=r"index.json names .* no file of this folder"):
+        check_model(make_recipe(model={"path": str(folder)}))
