@@ -13,7 +13,14 @@ from burnish.data import pipeline
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
 from burnish.train.model import with_adapters
-from burnish.train.prepare import check_same_filters, check_same_run, make_run_folder, prepare, write_run_folder
+from burnish.train.prepare import (
+    check_same_filters,
+    check_same_recipe,
+    check_same_run,
+    make_run_folder,
+    prepare,
+    write_run_folder,
+)
 from tests.conftest import CHATML, conversation, write_model, write_rows
 
 
@@ -45,6 +52,17 @@ def test_a_recipe_that_trains_otherwise_is_refused(started, change):
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update=change)})
     with pytest.raises(RecipeError, match=f"another recipe .data.{next(iter(change))}: "):
         check_same_run(prepare(other), folder)
+
+
+def test_a_run_does_not_go_on_with_code_that_it_was_not_started_with(started):
+    recipe, folder = started
+    written = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert written["model"].pop("trust_remote_code") is False
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(written))
+    check_same_recipe(recipe, folder)  # written before there was such a key
+    trusting = recipe.model.model_copy(update={"trust_remote_code": True, "revision": "0" * 40})
+    with pytest.raises(RecipeError, match=r"another recipe .*model.trust_remote_code: False became True"):
+        check_same_recipe(recipe.model_copy(update={"model": trusting}), folder)
 
 
 def test_filters_that_leave_out_other_rows_when_a_run_goes_on_are_refused(started):
