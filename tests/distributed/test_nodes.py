@@ -5,7 +5,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,8 +71,8 @@ tracking: {{uri: null}}
     return recipe
 
 
-def start(recipe: Path, name: str, address: str | None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}"]
+def start(recipe: Path, name: str, address: str | None, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}", *overrides]
     environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -96,9 +98,26 @@ def roles_of(dashboard: str, names: tuple[str, ...]) -> dict[str, set[str]]:
     return found
 
 
+def drain(address: str, node: Any) -> None:
+    """Announces to the cluster that a node is taken away in a while, as a cloud does before it reclaims a spot machine."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(address=address).drain_node(
+        node.node_id, reason, "reclaimed", int(time.time() * 1000) + 120_000
+    )
+    assert accepted, why
+
+
 def wait_for_step(recipe: Path, name: str, step: int, process: subprocess.Popen) -> None:
+    """Returns once the run has trained this many steps."""
+    wait_until(lambda: len(ledger(recipe, name)) >= step, process)
+
+
+def wait_until(done: Callable[[], object], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while len(ledger(recipe, name)) < step:
+    while not done():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.02)
 
@@ -114,7 +133,7 @@ def kill_a_task(name: str, process: subprocess.Popen) -> None:
 
 
 def test_data_nodes_feed_training_nodes_and_whoever_is_killed_loses_nothing(nodes, tmp_path):
-    cluster, (data, _, train, _), add, dashboard = nodes
+    cluster, (data, _, train, other), add, dashboard = nodes
     recipe = recipe_of(tmp_path, 96)
     calm = start(recipe, "calm", cluster.address)
     assert calm.wait(DEADLINE_SECONDS) == 0, calm.stderr.read()
@@ -132,3 +151,18 @@ def test_data_nodes_feed_training_nodes_and_whoever_is_killed_loses_nothing(node
     assert "a worker was lost" in killed.stderr.read()
     assert len(ledger(recipe, "calm")) > 20
     assert ledger(recipe, "killed") == ledger(recipe, "calm")
+
+    # A node that is announced to go costs no step, and the run goes on with the workers that have places.
+    announced = start(recipe, "announced", cluster.address, "checkpoint.every_steps=null", "scale.num_workers=[1,2]")
+    wait_for_step(recipe, "announced", 5, announced)
+    drain(cluster.address, other)
+    folder = recipe.parent / "runs" / "announced"
+    wait_until(lambda: list((folder / "checkpoints").glob("step-*")), announced)
+    cluster.remove_node(other, allow_graceful=False)
+    assert announced.wait(DEADLINE_SECONDS) == 0, announced.stderr.read()
+    assert "a node will be taken away; writing a checkpoint" in announced.stderr.read()
+    starts = [line for line in lines(folder / "attempts.jsonl") if line["event"] == "start"]
+    assert [line["workers"] for line in starts][:2] == [2, 1] and starts[1]["from_step"] >= 5
+    found, wanted = ledger(recipe, "announced"), ledger(recipe, "calm")
+    assert [line["packs"] for line in found] == [line["packs"] for line in wanted]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=1e-4)

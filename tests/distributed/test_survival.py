@@ -2,15 +2,19 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from burnish.train.ledger import lines
 from tests.conftest import conversation, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.distributed
@@ -126,3 +130,50 @@ def test_all_weights_go_on_with_other_numbers_of_workers_in_the_same_steps(world
     assert found_losses == pytest.approx(losses, rel=1e-4)
     for name, tensor in weights.items():
         assert (trained[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+
+
+def test_a_worker_that_hangs_is_named_and_started_again(world):
+    recipe, ledger, weights = world
+    process = start(recipe, "hangs", "scale.stall_seconds=24")
+    wait_for_step(recipe, "hangs", 10, process)
+    processes_below(process.pid, "RayTrainWorker")[1].suspend()
+    assert process.wait(DEADLINE_SECONDS) == 0, process.stderr.read()
+    said = process.stderr.read()
+    assert re.search(
+        r"no step for 30 s .*: worker [01] said nothing, so its process hangs as a whole; starting again", said
+    ), said
+    assert_same(recipe, "hangs", ledger, weights)
+    metrics = json.loads(process.stdout.read().splitlines()[-1])["metrics"]
+    assert metrics["run/restarts"] == 1 and metrics["run/lost_steps"] >= 0 and metrics["run/recover_seconds"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_twenty_random_kills_end_in_the_quiet_run(world):
+    recipe, ledger, weights = world
+    rng, kills, name = random.Random(7), Counter(), "chaos"
+    process = start(recipe, name, "checkpoint.every_steps=1")
+    while kills.total() < 20:
+        # A step is trained between two kills, since losing workers without any progress ends a run.
+        reached = len(list(lines(recipe.parent / "runs" / name / "ledger.jsonl")))
+        wait_for_step(recipe, name, min(reached + 1, len(ledger) - 1), process)
+        kind = rng.choice(["RayTrainWorker", "RayTrainWorker", "_round_task", "_window_task", "command"])
+        victims = [process] if kind == "command" else processes_below(process.pid, kind)
+        if not victims:
+            continue  # no task of this kind is left to run
+        victim = rng.choice(victims)
+        victim.kill()
+        kills[kind] += 1
+        if kind == "command":
+            process.wait(DEADLINE_SECONDS)
+            process = start(recipe, name, "checkpoint.every_steps=1")
+        elif kind == "RayTrainWorker":
+            attempts = recipe.parent / "runs" / name / "attempts.jsonl"
+            begun = attempts.read_text().count('"start"')
+            while attempts.read_text().count('"start"') == begun:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+    assert process.wait(2 * DEADLINE_SECONDS) == 0, process.stderr.read()
+    print(dict(kills))
+    assert kills["RayTrainWorker"] >= 5 and kills["command"] >= 2
+    assert_same(recipe, name, ledger, weights)

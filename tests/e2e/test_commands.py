@@ -204,6 +204,14 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     code, out, err = run(capsys, "train", path)
     assert code == 0, err
     assert json.loads(out)["run_id"] is None and json.loads(out)["steps"] == 1
+    # The same command, when MLflow is there: nothing is trained again, and all that was measured is sent.
+    code, out, err = run(capsys, "train", path, f"tracking.uri={uri}")
+    assert code == 0, err
+    late = json.loads(out)
+    assert late["steps"] == 1 and client.get_run(late["run_id"]).info.status == "FINISHED"
+    (line,) = (json.loads(line) for line in (tmp_path / "runs/outage/ledger.jsonl").read_text().splitlines())
+    assert [(m.step, m.value) for m in client.get_metric_history(late["run_id"], "train/loss")] == [(1, line["loss"])]
+    assert 0 < late["metrics"]["run/goodput"] < 1 and late["metrics"]["run/restarts"] == 0
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(cluster, capsys, recipe_file, tmp_path):
@@ -213,6 +221,10 @@ def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(c
     # Weights of 1e30 still give a finite loss behind their norms; the gradient tells.
     assert "the loss of step 2 is" in err and "nan; its packs (epoch, window, index) are (0, " in err, err
     assert "learning_rate" in err
+    again, out, err = run(capsys, "train", path)
+    assert (again, out) == (5, "") and "the loss of step 2 is" in err and "nothing was started" in err, err
+    attempts = (tmp_path / "runs/small/attempts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in attempts] == ["start", "end"]
 
 
 def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, capsys, recipe_file, tmp_path):

@@ -64,8 +64,7 @@ def train(
         check_same_run(prepared, folder)
         finished = _finished(folder)
         if finished is not None:
-            tracking.deliver(recipe, finished.run_id, folder)
-            return finished
+            return _delivered(finished, prepared, folder, parent_id)
         started_from = tombstone.fingerprint(recipe.located().to_yaml(), digests(prepared))
         tombstone.check(folder, started_from)
         try:
@@ -153,6 +152,17 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
     result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
     write_json(folder / "result.json", asdict(result))
     shutil.rmtree(folder / ".ray", ignore_errors=True)
+    return result
+
+
+def _delivered(result: Result, prepared: Prepared, folder: Path, parent_id: str | None) -> Result:
+    """The result of a run that is done, with MLflow told what it has not got, as after an outage."""
+    run_id = result.run_id or _open_tracking(prepared, folder, parent_id)
+    tracking.deliver(prepared.recipe, run_id, folder)
+    if run_id != result.run_id:
+        result = replace(result, run_id=run_id)
+        write_json(folder / "result.json", asdict(result))
+        tracking.close_run(prepared.recipe, run_id, "FINISHED")
     return result
 
 
