@@ -130,12 +130,12 @@ class Worker:
 
     def steps(self, engine, steps: list[list[Pack]], rank: int, world: int) -> None:
         from burnish.train import engine as ds
-        from burnish.train.objective import loss_sum
+        from burnish.train.objective import Objective
 
-        share = GLOBAL_BATCH_SIZE // world
+        share, objective = GLOBAL_BATCH_SIZE // world, Objective(engine, engine.device)
         for packs in steps:
             for pack in packs[rank * share : (rank + 1) * share]:
-                loss = loss_sum(engine, pack.input_ids, pack.labels, pack.seq_lens, engine.device)
+                loss = objective.loss_sum(pack.input_ids, pack.labels, pack.seq_lens)
                 ds.backward(engine, loss, sum(pack.trained_tokens for pack in packs), world)
                 ds.step(engine)
 
@@ -145,9 +145,11 @@ class Worker:
         from burnish.train import engine as ds
         from burnish.train import self_test
         from burnish.train.model import build_model
-        from burnish.train.objective import loss_sum
+        from burnish.train.objective import Objective
 
         engine = ds.build_engine(recipe, build_model(recipe, cuda=False), world)
+        objective = Objective(engine, engine.device)
+        assert objective._head is not None
         losses, norms, first = [], [], None
         share = GLOBAL_BATCH_SIZE // world
         own = make_packs()[0][rank * share : (rank + 1) * share]
@@ -156,7 +158,7 @@ class Worker:
         for packs in make_packs():
             count, total = sum(pack.trained_tokens for pack in packs), torch.zeros(1, dtype=torch.float64)
             for number, pack in enumerate(packs[rank * share : (rank + 1) * share]):
-                loss = loss_sum(engine, pack.input_ids, pack.labels, pack.seq_lens, engine.device)
+                loss = objective.loss_sum(pack.input_ids, pack.labels, pack.seq_lens)
                 ds.backward(engine, loss, count, world)
                 if number == share - 1 and first is None:
                     trained = [p for p in engine.module.parameters() if p.requires_grad]

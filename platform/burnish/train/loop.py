@@ -26,7 +26,7 @@ from burnish.train.attempt import SAVE_FILE, Attempt, Progress, Wish
 from burnish.train.failure import check_loss, memory_advice
 from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
-from burnish.train.objective import loss_sum
+from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.watchdog import Watchdog
 
@@ -51,6 +51,7 @@ def train_loop(config: dict[str, Any]) -> None:
         stream = batches(ray.train.get_dataset_shard("train"), share, attempt.patience) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
         engine = build(attempt, num_workers)
+        objective = Objective(engine, engine.device)
     progress = attempt.progress
     records = Records(attempt) if dist.get_rank() == 0 else None
     saver = Saver(engine, attempt)
@@ -69,19 +70,19 @@ def train_loop(config: dict[str, Any]) -> None:
             if untested:
                 self_test.check(engine.module, batch.packs, engine.device)
                 untested = False
-            measured, wish = train_step(engine, batch, progress.step + 1, attempt, watchdog)
+            measured, wish = train_step(engine, objective, batch, progress.step + 1, attempt, watchdog)
             progress = Progress(progress.step + 1, batch.meta.cursor)
             if records:
                 records.step(progress.step, batch.meta, measured)
             if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
-                measured |= evaluate(engine, attempt, records, progress.step, watchdog)
+                measured |= evaluate(engine, objective, attempt, records, progress.step, watchdog)
                 evaluated = progress.step
                 checkpoint.report({**measured, "step": progress.step})
             if due(progress.step, recipe.checkpoint.every_steps) or wish is not Wish.NOTHING or saver.improves(measured):
                 saver.save(progress, measured)
             saver.check()
     if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
-        measured |= evaluate(engine, attempt, records, progress.step, watchdog)
+        measured |= evaluate(engine, objective, attempt, records, progress.step, watchdog)
         checkpoint.report({**measured, "step": progress.step})
     watchdog.rest()
     saver.finish(progress, measured)
@@ -102,7 +103,7 @@ def build(attempt: Attempt, num_workers: int) -> ds.Engine:
 
 
 def train_step(
-    engine: ds.Engine, batch: Batch, step: int, attempt: Attempt, watchdog: Watchdog
+    engine: ds.Engine, objective: Objective, batch: Batch, step: int, attempt: Attempt, watchdog: Watchdog
 ) -> tuple[dict[str, float], Wish]:
     """One optimizer step; the metrics of the whole step, and what the run is asked to do next. A collective call.
 
@@ -121,7 +122,7 @@ def train_step(
     grad_norm = 0.0
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
         for input_ids, labels, seq_lens in batch.packs:
-            loss = loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+            loss = objective.loss_sum(input_ids, labels, seq_lens)
             ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
             grad_norm = ds.step(engine)
             shared[0] += loss.detach()
@@ -150,7 +151,7 @@ def train_step(
 
 
 def evaluate(
-    engine: ds.Engine, attempt: Attempt, records: "Records | None", step: int, watchdog: Watchdog
+    engine: ds.Engine, objective: Objective, attempt: Attempt, records: "Records | None", step: int, watchdog: Watchdog
 ) -> dict[str, float]:
     """Loss and perplexity over all held-out rows, each trained token of them counted once. A collective call."""
     engine.eval()
@@ -159,7 +160,7 @@ def evaluate(
         share = attempt.recipe.train.global_batch_size // dist.get_world_size()
         for batch in watchdog.patient(batches(ray.train.get_dataset_shard("eval"), share, attempt.patience)):
             for input_ids, labels, seq_lens in batch.packs:
-                shared[0] += loss_sum(engine, input_ids, labels, seq_lens, engine.device)
+                shared[0] += objective.loss_sum(input_ids, labels, seq_lens)
                 watchdog.beat()
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
             if records:
