@@ -32,8 +32,9 @@ class ModelSpec(Spec):
     """Run the code that a Hub model brings; needs `revision`, a whole commit of 40 hex digits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights in training."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else sdpa by document."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else torch's own varlen kernel there,
+    and sdpa by document elsewhere."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass; auto means on with a GPU and off without."""
 

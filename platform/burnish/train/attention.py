@@ -19,23 +19,53 @@ SDPA = "burnish_packed_sdpa"
 """Name of the kernel that runs scaled-dot-product attention sample by sample, on any device."""
 FLASH = "burnish_packed_flash"
 """Name of the kernel that runs flash-attn's variable-length function; bfloat16 or float16 on CUDA."""
+VARLEN = "burnish_packed_varlen"
+"""Name of the kernel that runs torch's own variable-length function; bfloat16 or float16 on CUDA."""
 
 
-def register(choice: str, cuda: bool, half: bool = True) -> str:
+def register(choice: str, cuda: bool, half: bool = True, head_dim: int = 64, dropout: float = 0.0) -> str:
     """Registers the kernels and gives the name of the one to load a model with, for `model.attention`.
 
-    `half` says whether the weights have 16 bits, which flash-attn needs.
-
-    Raises RecipeError where flash is asked for and cannot run.
+    auto takes the first of flash-attn, torch's own variable-length kernel and sdpa that can run. `half` says whether the
+    weights have 16 bits, `dropout` is that of the attention. Raises RecipeError where a kernel is asked for that cannot run.
     """
-    AttentionInterface.register(SDPA, packed_sdpa)
-    AttentionInterface.register(FLASH, packed_flash)
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if choice == "flash" and not (installed and cuda and half):
-        missing = "flash-attn is not installed (pip install 'burnish[gpu]')"
-        why = "no GPU is used" if not cuda else "model.dtype is float32" if not half else missing
-        raise RecipeError(f"model.attention: flash cannot run because {why}; write auto")
-    return FLASH if choice != "sdpa" and installed and cuda and half else SDPA
+    kernels = {"flash": (FLASH, packed_flash), "varlen": (VARLEN, packed_varlen), "sdpa": (SDPA, packed_sdpa)}
+    for name, kernel in kernels.values():
+        AttentionInterface.register(name, kernel)
+    missing = {
+        "flash": _missing_for_flash(cuda, half, head_dim),
+        "varlen": _missing_for_varlen(cuda, half, head_dim, dropout),
+        "sdpa": None,
+    }
+    if choice == "auto":
+        choice = next(each for each, why in missing.items() if why is None)
+    if missing[choice] is not None:
+        raise RecipeError(f"model.attention: {choice} cannot run because {missing[choice]}; write auto")
+    return kernels[choice][0]
+
+
+def _missing_for_flash(cuda: bool, half: bool, head_dim: int) -> str | None:
+    """Why flash-attn cannot run, or None."""
+    if importlib.util.find_spec("flash_attn") is None and cuda and half:
+        return "flash-attn is not installed (pip install 'burnish[gpu]')"
+    return _unfit(cuda, half, head_dim)
+
+
+def _missing_for_varlen(cuda: bool, half: bool, head_dim: int, dropout: float) -> str | None:
+    """Why torch's variable-length kernel cannot run, or None."""
+    if dropout:
+        return f"it knows no dropout, and this model's attention has {dropout:g}"
+    if cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return _unfit(cuda, half, head_dim)
+
+
+def _unfit(cuda: bool, half: bool, head_dim: int) -> str | None:
+    if not cuda:
+        return "no GPU is used"
+    if not half:
+        return "model.dtype is float32"
+    return f"heads of {head_dim} are wider than 256" if head_dim > 256 else None
 
 
 def packed_sdpa(
@@ -93,6 +123,34 @@ def packed_flash(
         borders, borders, longest, longest,
         dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window,
     )  # fmt: skip
+    return output.unsqueeze(0), None
+
+
+def packed_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same as `packed_sdpa` by torch's variable-length kernel (torch.nn.attention.varlen), without dropout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders = _borders(query, kwargs)
+    if dropout:
+        raise RuntimeError(f"torch's variable-length attention knows no dropout; found {dropout:g}")
+    longest = int(kwargs["max_length_q"])
+    left = -1 if sliding_window is None else sliding_window - 1
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    output = varlen_attn(
+        q, k, v, borders, borders, longest, longest,
+        scale=scaling, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0), None
 
 

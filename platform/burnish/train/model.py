@@ -42,6 +42,9 @@ def check_model(recipe: Recipe) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise RecipeError(f"model.path: {path} uses attention softcapping, which packed attention does not support")
+    sinks = path.is_dir() and any(name.endswith(".sinks") for name in shapes(path))
+    if sinks or config.model_type == "gpt_oss":
+        raise RecipeError(f"model.path: {path} uses attention sinks, which packed attention does not support")
 
 
 def _check_files(folder: Path) -> None:
@@ -157,7 +160,16 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
 
     from burnish.train import attention
 
-    kernel = attention.register(recipe.model.attention, cuda, half=recipe.model.dtype != "float32")
+    config = _configuration(recipe)
+    _check_class(recipe, config)
+    text = config.get_text_config()
+    kernel = attention.register(
+        recipe.model.attention,
+        cuda,
+        half=recipe.model.dtype != "float32",
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        dropout=float(getattr(text, "attention_dropout", 0.0) or 0.0),
+    )
     model = load_weights(recipe, attn_implementation=kernel)
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
@@ -192,6 +204,18 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
         )
     except (OSError, ValueError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
+
+
+def _check_class(recipe: Recipe, config: Any) -> None:
+    """Raises RecipeError where the model's class keeps a state, or computes attention past the registered kernel."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if found is not None and (found._is_stateful or not found._supports_attention_backend):
+        why = "keeps a state from token to token" if found._is_stateful else "does not compute attention by a kernel of ours"
+        raise RecipeError(
+            f"model.path: {recipe.model.path} is a {found.__name__}, which {why}, so packed samples would leak"
+        )
 
 
 def with_adapters(model: Any, spec: LoraSpec) -> Any:

@@ -1,12 +1,14 @@
 """Packed equals separate, on four architectures, in logits and in gradients; and the ways in which it would not."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from burnish.errors import RecipeError
-from burnish.train.attention import SDPA, packed_sdpa, register
+from burnish.train.attention import FLASH, SDPA, VARLEN, packed_flash, packed_sdpa, packed_varlen, register
 from burnish.train.objective import packed_inputs
 from tests.conftest import tiny_config
 
@@ -104,18 +106,62 @@ def test_what_the_kernel_does_not_support_raises(feature):
         packed_sdpa(torch.nn.Identity(), q.expand(2, 2, 3, 4), q, q, None, cu_seq_lens_q=borders)
 
 
-def test_flash_without_a_gpu_is_refused_by_name():
-    with pytest.raises(RecipeError, match=r"model.attention: flash .* write auto"):
-        register("flash", cuda=False)
+@pytest.mark.parametrize("choice", ["flash", "varlen"])
+def test_a_kernel_that_cannot_run_is_refused_by_name(choice):
+    with pytest.raises(RecipeError, match=rf"model.attention: {choice} cannot run because no GPU .* write auto"):
+        register(choice, cuda=False)
+    with pytest.raises(RecipeError, match=rf"{choice} cannot run because model.dtype is float32"):
+        register(choice, cuda=True, half=False)
+    with pytest.raises(RecipeError, match=r"knows no dropout, and this model's attention has 0\.1"):
+        register("varlen", cuda=True, dropout=0.1)
+
+
+def test_auto_takes_the_fastest_kernel_that_can_run():
+    installed = importlib.util.find_spec("flash_attn") is not None
+    assert register("auto", cuda=True) == (FLASH if installed else VARLEN)
+    assert register("auto", cuda=True, head_dim=512) == register("auto", cuda=True, half=False) == SDPA
+    assert register("auto", cuda=True, dropout=0.1) == (FLASH if installed else SDPA)
+    assert register("auto", cuda=False) == SDPA and register("sdpa", cuda=True) == SDPA
+
+
+def reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's documentation says of varlen_attn, by plain arithmetic: query [n, heads, d] -> [n, heads, d]."""
+    assert max_q == max_k == int(LENGTHS.max()) and query.is_contiguous()
+    left, right = window_size
+    where = torch.arange(len(query))
+    sample = torch.bucketize(where, cu_seq_q[1:].long(), right=True)
+    distance = where[:, None] - where[None, :]
+    seen = (sample[:, None] == sample[None, :]) & (distance >= -right) & ((distance <= left) | torch.tensor(left < 0))
+    group = query.shape[1] // key.shape[1]
+    assert enable_gqa is (group > 1)
+    key, value = (each.repeat_interleave(group, 1) for each in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("window", [None, 1, 12])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_varlen_is_called_as_its_documentation_asks(monkeypatch, window, kv_heads):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, int(LENGTHS.sum()), 8, generator=generator) for heads in (4, kv_heads, kv_heads))
+    inputs = packed_inputs(LENGTHS, torch.device("cpu"))
+    one, _ = packed_sdpa(torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, **inputs)
+    other, _ = packed_varlen(torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, **inputs)
+    assert one.shape == other.shape and (one - other).abs().max() < 1e-5
+    with pytest.raises(RuntimeError, match="knows no dropout"):
+        packed_varlen(torch.nn.Identity(), q, k, v, None, dropout=0.1, **inputs)
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+        packed_varlen(torch.nn.Identity(), q, k, v, None)
 
 
 @pytest.mark.gpu
-def test_flash_equals_sdpa_on_a_gpu():
+@pytest.mark.parametrize("kernel", [packed_flash, packed_varlen])
+def test_kernels_equal_sdpa_on_a_gpu(kernel):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    pytest.importorskip("flash_attn")
-    from burnish.train.attention import packed_flash
-
+    if kernel is packed_flash:
+        pytest.importorskip("flash_attn")
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, 81, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 2, 2)
@@ -123,5 +169,5 @@ def test_flash_equals_sdpa_on_a_gpu():
     inputs = packed_inputs(LENGTHS, torch.device("cuda"))
     for window in (None, 12):
         one, _ = packed_sdpa(torch.nn.Identity(), q, k, v, None, scaling=0.125, sliding_window=window, **inputs)
-        other, _ = packed_flash(torch.nn.Identity(), q, k, v, None, scaling=0.125, sliding_window=window, **inputs)
+        other, _ = kernel(torch.nn.Identity(), q, k, v, None, scaling=0.125, sliding_window=window, **inputs)
         assert (one - other).abs().max() < 2e-2

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from burnish.chat import Chat
 from burnish.config import parse
@@ -144,4 +145,40 @@ def test_an_index_that_names_weights_outside_of_the_folder_is_refused(model_fold
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": name}}))
     with pytest.raises(RecipeError, match=r"index.json names .* no file of this folder"):
+        check_model(make_recipe(model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("JambaConfig", "layers of type linear_attention"),
+        ("MambaConfig", "layers of type linear_attention"),
+        ("Qwen3NextConfig", "layers of type linear_attention"),
+        ("Gemma2Config", "attention softcapping"),
+        ("GptOssConfig", "attention sinks"),
+        ("FalconConfig", "is a FalconForCausalLM, which does not compute attention by a kernel of ours"),
+    ],
+)
+def test_a_model_that_cannot_keep_packed_samples_apart_is_refused_by_name(
+    make_recipe, model_folder, tmp_path, config, words
+):
+    import transformers
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    getattr(transformers, config)().save_pretrained(folder)
+    recipe = make_recipe(model={"path": str(folder)})
+    refuses = build_model if "Falcon" in words else lambda recipe, cuda: check_model(recipe)
+    with pytest.raises(RecipeError, match=f"model.path: .*{words}"):
+        refuses(recipe, cuda=False)
+
+
+def test_sinks_are_found_in_the_weights_whatever_the_model_is_called(make_recipe, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.0.self_attn.sinks": weights["model.norm.weight"][:4].clone()}, folder / "model.safetensors"
+    )
+    with pytest.raises(RecipeError, match="attention sinks"):
         check_model(make_recipe(model={"path": str(folder)}))
