@@ -150,30 +150,31 @@ def test_a_worker_that_hangs_is_named_and_started_again(world):
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
 def test_twenty_random_kills_end_in_the_quiet_run(world):
-    recipe, ledger, weights = world
-    rng, kills, name = random.Random(7), Counter(), "chaos"
-    process = start(recipe, name, "checkpoint.every_steps=1")
-    while kills.total() < 20:
+    recipe, name, more = world[0], "chaos", ("checkpoint.every_steps=1", "train.epochs=24")
+    quiet = start(recipe, "quiet", *more)
+    assert quiet.wait(DEADLINE_SECONDS) == 0, quiet.stderr.read()
+    ledger, weights = outcome(recipe, "quiet")
+    rng, kills = random.Random(7), Counter()
+    planned = ["RayTrainWorker"] * 8 + ["_round_task"] * 4 + ["_window_task"] * 4 + ["command"] * 4
+    rng.shuffle(planned)
+    attempts = recipe.parent / "runs" / name / "attempts.jsonl"
+    process = start(recipe, name, *more)
+    for kind in planned:
         # A step is trained between two kills, since losing workers without any progress ends a run.
         reached = len(list(lines(recipe.parent / "runs" / name / "ledger.jsonl")))
-        wait_for_step(recipe, name, min(reached + 1, len(ledger) - 1), process)
-        kind = rng.choice(["RayTrainWorker", "RayTrainWorker", "_round_task", "_window_task", "command"])
+        wait_for_step(recipe, name, reached + 1, process)
         victims = [process] if kind == "command" else processes_below(process.pid, kind)
-        if not victims:
-            continue  # no task of this kind is left to run
-        victim = rng.choice(victims)
-        victim.kill()
+        kind = kind if victims else "RayTrainWorker"  # no task of this kind is at work
+        begun = attempts.read_text().count('"start"')
+        rng.choice(victims or processes_below(process.pid, kind)).kill()
         kills[kind] += 1
         if kind == "command":
             process.wait(DEADLINE_SECONDS)
-            process = start(recipe, name, "checkpoint.every_steps=1")
-        elif kind == "RayTrainWorker":
-            attempts = recipe.parent / "runs" / name / "attempts.jsonl"
-            begun = attempts.read_text().count('"start"')
-            while attempts.read_text().count('"start"') == begun:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.1)
+            process = start(recipe, name, *more)
+        while kind in ("command", "RayTrainWorker") and attempts.read_text().count('"start"') == begun:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
     assert process.wait(2 * DEADLINE_SECONDS) == 0, process.stderr.read()
     print(dict(kills))
-    assert kills["RayTrainWorker"] >= 5 and kills["command"] >= 2
+    assert kills.total() == 20 and kills["RayTrainWorker"] >= 8 and kills["command"] == 4
     assert_same(recipe, name, ledger, weights)
