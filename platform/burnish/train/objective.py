@@ -21,7 +21,8 @@ class Objective:
 
     The head and the loss run together in chunks of tokens, so that [tokens, vocabulary] never exists. That is right only
     where the model gives out what its head gives; known logits are sent through it once, and where they come out changed
-    (a softcap, a scale), or the head is no plain linear layer, logits are computed whole, at trained positions only.
+    (a softcap, a scale), or the head is no plain linear layer, logits are computed whole, at trained positions only. So
+    they are in float16, whose gradients need the scale of the loss before they are rounded.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -29,7 +30,8 @@ class Objective:
         self._model, self._device = model, device
         module: Any = getattr(model, "module", model)
         head = (module.get_base_model() if hasattr(module, "get_base_model") else module).get_output_embeddings()
-        self._head: nn.Linear | None = head if type(head) is nn.Linear and self._gives_out(module, head) else None
+        plain = type(head) is nn.Linear and head.weight.dtype != torch.float16
+        self._head: nn.Linear | None = head if plain and self._gives_out(module, head) else None
 
     def loss_sum(self, input_ids: NDArray[np.int32], labels: NDArray[np.int32], seq_lens: NDArray[np.int32]) -> torch.Tensor:
         """Sum over the pack's trained tokens of -log p(token | tokens before it in its own sample); a scalar in float32.
@@ -51,6 +53,8 @@ class Objective:
         }
         if self._head is None:
             logits = self._model(**inputs).logits[0].float()
+            if len(logits) != len(predictors):  # this model gives all of them whatever it is asked for
+                logits = logits[inputs["logits_to_keep"]]
             return F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
         weight, bias, graded = self._head.weight, self._head.bias, torch.is_grad_enabled()
 
@@ -63,12 +67,20 @@ class Objective:
         return summed.view(())
 
     def _gives_out(self, module: nn.Module, head: nn.Linear) -> bool:
-        """Whether known logits come out of the model as its head gives them."""
-        known = torch.linspace(-100, 100, 2 * head.out_features, device=self._device).view(1, 2, -1).to(head.weight.dtype)
-        row = _row(np.zeros(2, np.int32), self._device)
-        with torch.no_grad(), _forward(head, lambda hidden: known):
-            found = module(input_ids=row, **packed_inputs(np.array([2], np.int32), self._device)).logits
-        return torch.equal(found.float(), known.float())
+        """Whether known logits come out of the model as its head gives them, at the positions that were asked for alone."""
+        # In float32, so that a model that rounds its logits is found too.
+        known = torch.linspace(-100, 100, head.out_features, device=self._device).view(1, 1, -1)
+        row, kept = _row(np.zeros(2, np.int32), self._device), _moved(np.ones(1, np.int64), self._device)
+        asked: list[torch.Size] = []
+
+        def answer(hidden: torch.Tensor) -> torch.Tensor:
+            asked.append(hidden.shape[:-1])
+            return known
+
+        with torch.no_grad(), _forward(head, answer):
+            inputs = packed_inputs(np.array([2], np.int32), self._device)
+            found = module(input_ids=row, logits_to_keep=kept, **inputs).logits
+        return asked == [(1, 1)] and found.dtype == known.dtype and torch.equal(found, known)
 
 
 class _HeadLoss(torch.autograd.Function):

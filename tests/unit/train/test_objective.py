@@ -160,3 +160,28 @@ def test_the_loss_at_a_vocabulary_of_128k_takes_an_eighth_of_the_memory_of_whole
     assert peak["whole"] * 1024 > 2 * 3072 * 131072 * 4, peak
     assert peak["chunked"] <= peak["whole"] / 8, peak
     print(peak)
+
+
+@pytest.mark.parametrize("way", ["ignores logits_to_keep", "rounds"])
+def test_a_model_that_gives_other_rows_or_rounds_them_is_found_and_its_loss_is_exact(way):
+    made = model("llama")
+    plain = made.forward
+
+    def forward(logits_to_keep=0, **inputs):
+        output = plain(**inputs, logits_to_keep=0 if way == "ignores logits_to_keep" else logits_to_keep)
+        output.logits = output.logits.to(torch.bfloat16) if way == "rounds" else output.logits
+        return output
+
+    made.forward = forward
+    loss_of = Objective(made, CPU)
+    assert loss_of._head is None
+    one = sample(2, 7, {6})
+    pack = Pack.of([one])
+    loss = loss_of.loss_sum(pack.input_ids, pack.labels, pack.seq_lens)
+    made.forward = plain
+    assert loss.dtype == torch.float32
+    assert abs(loss - separate(made, one)) <= (1e-6 if way != "rounds" else 1e-2) * loss
+
+
+def test_float16_gives_its_head_whole_logits():
+    assert Objective(model("llama").to(torch.float16), CPU)._head is None
