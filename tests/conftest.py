@@ -170,6 +170,31 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A bucket on a real S3 server of this machine, reached as any other is: by the environment."""
+    from moto.server import ThreadedMotoServer
+
+    from burnish.data import files
+
+    (port,) = free_ports(1)
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    files.filesystem.cache_clear()
+    system, _ = files.filesystem("s3://bucket/rows?region=us-east-1&allow_bucket_creation=true")
+    system.create_dir("bucket")
+    yield system
+    files.filesystem.cache_clear()
+    os.environ.clear()
+    os.environ |= before
+    server.stop()
+
+
 def processes_below(pid: int, name: str) -> list[psutil.Process]:
     """The processes below one of our own, with a name in their command line; no other run on this machine is touched."""
     found = []

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(verb=_export)
 
     report = verbs.add_parser("report", help="Write a run's report.", description="Write a run's report as one web page.")
-    report.add_argument("run", type=Path, help="run folder, for example runs/quickstart")
+    report.add_argument("run", help="run folder, for example runs/quickstart")
     report.set_defaults(verb=_report)
 
     chat = verbs.add_parser("chat", help="Talk to a model.", description="Talk to a model.")
@@ -192,17 +192,19 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from burnish.export import export
 
+    if arguments.folder is None and "://" in arguments.run:
+        raise RecipeError(f"{arguments.run}: a model is exported to a folder of this machine; name one behind the run")
     folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
     with _libraries():
-        exported = export(Path(arguments.run), folder, merge=arguments.merge)
+        exported = export(arguments.run, folder, merge=arguments.merge)
     print(exported)
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from burnish.report import report
+    from burnish.report import report_of
 
-    print(report(arguments.run))
+    print(report_of(arguments.run))
     return 0
 
 

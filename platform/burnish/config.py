@@ -87,15 +87,19 @@ class Recipe(Spec):
                 raise ValueError(f"sweep.space: {axis!r} is no field that a sweep can vary{nearest(axis, fields)}")
         return self
 
-    def run_folder(self) -> Path:
-        """The absolute folder of this run, ``<storage>/<name>``."""
-        return Path(self.checkpoint.storage).expanduser().absolute() / self.name
+    def run_place(self) -> str:
+        """Where this run lives, ``<storage>/<name>``: an absolute folder, or a URI as s3://bucket/runs/<name>."""
+        return below(self._storage(), self.name)
+
+    def _storage(self) -> str:
+        storage = self.checkpoint.storage.removeprefix("file://")
+        return storage if "://" in storage else str(Path(storage).expanduser().absolute())
 
     def cache_folder(self) -> str | None:
         """Where rendered rows are kept, absolute; None where they are not."""
         folder = self.data.cache
         if folder == "auto":
-            folder = str(Path(self.checkpoint.storage) / ".cache")
+            return below(self._storage(), ".cache")
         return folder if folder is None or "://" in folder else str(Path(folder).expanduser().absolute())
 
     def located(self) -> "Recipe":
@@ -116,7 +120,7 @@ class Recipe(Spec):
         tree["data"]["cache"] = self.cache_folder()
         if self.template.path is not None:
             tree["template"]["path"] = absolute(self.template.path)
-        tree["checkpoint"]["storage"] = absolute(self.checkpoint.storage)
+        tree["checkpoint"]["storage"] = self._storage()
         if (self.tracking.uri or "").startswith("sqlite:///"):
             tree["tracking"]["uri"] = "sqlite:///" + absolute(str(self.tracking.uri).removeprefix("sqlite:///"))
         return Recipe.model_validate(tree)
@@ -197,6 +201,12 @@ def parse(tree: dict[str, Any], where: str) -> Recipe:
         inner = [d for d in details if not any(d is not e and e["loc"][: len(d["loc"])] == d["loc"] for e in details)]
         lines = [f"{where}: {complaint(Recipe, detail)}" for detail in inner or details]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def below(place: str, name: str) -> str:
+    """The path of what lies below a folder or URI; options behind a `?`, as s3://bucket/a?region=x has, stay at the end."""
+    path, mark, options = place.partition("?") if "://" in place else (place, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def differences(ours: Recipe, theirs: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ from burnish.data.contract import Contract, difference
 from burnish.data.tokenizer import load_template
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
+from burnish.train.home import Home
 from burnish.train.model import load_weights, model_digest, with_adapters
 
 
@@ -30,23 +31,32 @@ class Origin:
     merged: bool
 
 
-def export(run: Path, folder: Path, merge: bool = False) -> Path:
+def export(run: str, folder: Path, merge: bool = False) -> Path:
     """Writes the newest checkpoint's model to a new folder: all weights, the adapter, or the adapter merged.
 
     The folder holds safetensors, tokenizer, chat_template.jinja equal to the one trained, generation config with the stop
     tokens, contract.json and export.json; it appears whole or not at all. The same export again is left as it is.
     Raises RecipeError where there is no run, or another thing in the way.
     """
-    if not (run / "recipe.yaml").exists():
+    home = Home.at(run).arrive()
+    try:
+        return _export(home, folder, merge)
+    finally:
+        home.leave()
+
+
+def _export(home: Home, folder: Path, merge: bool) -> Path:
+    run, shelf = home.shown, home.shelf()
+    if not (home.folder / "recipe.yaml").exists():
         raise RecipeError(f"{run}: no run; name a run folder, for example runs/quickstart")
-    recipe = load(run / "recipe.yaml")
-    if not (run / "contract.json").exists():
+    recipe = load(home.folder / "recipe.yaml")
+    if not (home.folder / "contract.json").exists():
         raise RecipeError(f"{run}: is no training run; of a sweep, export a trial, for example {run}/trials/trial-000")
-    contract = Contract.read(run)
-    found = checkpoint.newest(run / "checkpoints")
+    contract = Contract.read(home.folder)
+    found = checkpoint.newest(shelf)
     if found is None:
         raise DataError(f"{run}: has no checkpoint yet; train it first")
-    _check_unchanged(recipe, contract, found, run)
+    _check_unchanged(recipe, contract, found, home.folder)
     if merge and recipe.lora is None:
         raise RecipeError(f"{run}: trained every weight, so there is no adapter to merge; leave --merge out")
     origin = Origin(recipe.name, found.progress.step, contract.behaviour_sha256, merge)
@@ -57,7 +67,8 @@ def export(run: Path, folder: Path, merge: bool = False) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_model(recipe, found.path / checkpoint.WEIGHTS, contract, partial, merge)
+    with shelf.fetched(found.name, home.folder / "export", only=checkpoint.WEIGHTS) as checkpoint_folder:
+        _write_model(recipe, checkpoint_folder / checkpoint.WEIGHTS, contract, partial, merge)
     _write_tokenizer(recipe, contract, partial)
     (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
     (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
@@ -75,7 +86,7 @@ def _check_unchanged(recipe: Recipe, contract: Contract, found: checkpoint.Check
     if json.loads((run / "data.json").read_text()).get("model") != model_digest(recipe):
         raise DataError(f"{place}: the base model's files have changed since {run} was trained; put the old ones back")
     if contract.behaviour_sha256 != found.behaviour_sha256:
-        raise DataError(f"{run}: the checkpoint {found.path.name} was trained under another contract; nothing was exported")
+        raise DataError(f"{run}: the checkpoint {found.name} was trained under another contract; nothing was exported")
     changed = difference(contract, Contract.of(load_template(recipe, contract.date)))
     if changed is not None:
         raise DataError(f"{run}: template or tokenizer behave otherwise than in training: {changed}; nothing was exported")

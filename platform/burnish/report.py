@@ -12,6 +12,7 @@ from burnish import html
 from burnish.config import Recipe, load
 from burnish.data.contract import Contract
 from burnish.errors import RecipeError
+from burnish.train.home import Home
 from burnish.train.ledger import lines, replace_text
 
 _CURVES = {
@@ -22,6 +23,17 @@ _CURVES = {
 }  # fmt: skip
 _EXAMPLES = 3
 """Rows shown of each reason for which rows were not trained."""
+
+
+def report_of(run: str) -> str:
+    """Writes `report.html` of the run in a folder or at a place, and gives its path. Raises what `report` raises."""
+    home = Home.at(run).arrive()
+    try:
+        report(home.folder)
+        home.keep()
+        return home.path("report.html")
+    finally:
+        home.leave()
 
 
 def report(folder: Path) -> Path:

@@ -79,7 +79,7 @@ class Worker:
         from safetensors import safe_open
         from safetensors.torch import load_file
 
-        from burnish.train import checkpoint
+        from burnish.train import checkpoint, writer
         from burnish.train import engine as ds
         from burnish.train.model import build_model
 
@@ -94,11 +94,11 @@ class Worker:
                 ds.load_optimizer(engine, state)
             else:
                 self.steps(engine, make_packs()[:2], rank, world)
-                checkpoint.write_files(Path(folder, str(number)), ds.snapshot(engine, {}))
+                writer.write_files(Path(folder, str(number)), ds.snapshot(engine, {}))
                 torch.distributed.barrier()
             self.steps(engine, make_packs()[2:], rank, world)
             end = Path(folder, f"{number}-end-{world}-{resumes}", checkpoint.OPTIMIZER)
-            checkpoint.write_files(end.parent, ds.snapshot(engine, {}))
+            writer.write_files(end.parent, ds.snapshot(engine, {}))
             torch.distributed.barrier()
             parts = [load_file(file) for file in sorted(end.iterdir())]
             assert len(parts) == world

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from burnish.cli import main
 from burnish.data import survey
 from burnish.errors import DataError
 from burnish.sections import FiltersSpec
+from burnish.train.home import Home
 from burnish.train.prepare import check_same_run, make_run_folder, prepare, write_run_folder
 from tests.conftest import conversation, write_rows
 
@@ -131,11 +133,11 @@ def test_an_evaluation_that_changed_is_another_run(cluster, make_recipe, rows):
     recipe = make_recipe(
         data={"train": [{"path": str(path)}], "max_refused": 0.1, "filters": {"decontaminate": [str(evaluation)]}}
     )
-    folder = recipe.run_folder()
+    folder = Path(recipe.run_place())
     make_run_folder(folder)
-    write_run_folder(prepare(recipe), folder)
+    write_run_folder(prepare(recipe), Home(folder))
     (folder / "checkpoints" / "step-00000002").mkdir()
-    check_same_run(prepare(recipe), folder)
+    check_same_run(prepare(recipe), Home(folder))
     write_rows(evaluation, [{"question": "something else that is asked here"}])
     with pytest.raises(DataError, match=r"has changed since it was started \(decontaminate\)"):
-        check_same_run(prepare(recipe), folder)
+        check_same_run(prepare(recipe), Home(folder))

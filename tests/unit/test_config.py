@@ -103,7 +103,7 @@ def test_paths_are_made_absolute_for_workers(tmp_path, monkeypatch):
     assert located.data.train[0].path == str(tmp_path / "a.jsonl")
     assert located.template.path == str(tmp_path / "t.jinja")
     assert located.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert located.run_folder() == tmp_path / "runs" / "x"
+    assert located.run_place() == str(tmp_path / "runs" / "x")
     assert parse({**SMALL, "model": {"path": "Qwen/Qwen3-8B"}}, "t").located().model.path == "Qwen/Qwen3-8B"
 
 

@@ -2,18 +2,20 @@
 
 import json
 import re
+from pathlib import Path
 
 from burnish.cli import main
 from burnish.data.order import Cursor, StepMeta
+from burnish.train.home import Home
 from burnish.train.ledger import Ledger
 from burnish.train.prepare import make_run_folder, prepare, write_run_folder
 
 
 def run_folder(make_recipe, refusals=()):
     recipe = make_recipe(data={"max_length": 64})
-    folder = recipe.run_folder()
+    folder = Path(recipe.run_place())
     make_run_folder(folder)
-    write_run_folder(prepare(recipe), folder)
+    write_run_folder(prepare(recipe), Home(folder))
     ledger = Ledger.open(folder, 0, 100)
     for step in range(1, 4):
         meta = StepMeta(((0, 0, step),), 60, 20, 0.1, Cursor(), tuple(refusals) if step == 2 else (), 4, 1.0)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from burnish.config import Recipe
+from burnish.config import Recipe, below
 from burnish.data import files
 from burnish.data.contract import Contract
 from burnish.data.packing import Sample
@@ -139,7 +139,7 @@ class Cache:
 
     def _path(self, digest: str) -> str:
         name = hashlib.sha256(f"{self.key} {digest}".encode()).hexdigest()
-        return f"{self.folder}/{name[:2]}/{name}.arrow"
+        return below(self.folder, f"{name[:2]}/{name}.arrow")
 
     @staticmethod
     def _write(path: str, data: bytes) -> None:

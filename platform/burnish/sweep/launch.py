@@ -20,6 +20,7 @@ from burnish.errors import RecipeError, TrainingError
 from burnish.sections import SweepSpec
 from burnish.sweep.space import Assignment, draw, trial_recipe
 from burnish.train.cluster import DATA_CPUS, connected
+from burnish.train.home import Home
 from burnish.train.launch import train
 from burnish.train.prepare import check_same_recipe, prepare, write_json
 
@@ -48,7 +49,19 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
         raise RecipeError(f"sweep.metric: {spec.metric} needs data.eval; name held-out rows, or write metric: train/loss")
     recipes = [trial_recipe(recipe, number, assignment) for number, assignment in enumerate(draw(spec, recipe.train.seed))]
     assignments = draw(spec, recipe.train.seed)
-    folder = recipe.run_folder()
+    with Home.of(recipe).claimed() as home:
+        return _sweep(recipe, spec, recipes, assignments, home, show)
+
+
+def _sweep(
+    recipe: Recipe,
+    spec: SweepSpec,
+    recipes: list[Recipe],
+    assignments: list[Assignment],
+    home: Home,
+    show: Callable[[str], None],
+) -> dict[str, Any]:
+    folder = home.folder
     check_same_recipe(recipe, folder)
     prepare(recipes[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,20 +77,20 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
     ]
     for trial, run in zip(trials, recipes, strict=True):
         if trial.status != "finished":
-            tracking.close_run(run, _run_id(run.run_folder()), "KILLED" if trial.status == "stopped" else "FAILED")
+            known = _record(run, "mlflow.json").get("run_id")
+            tracking.close_run(run, known, "KILLED" if trial.status == "stopped" else "FAILED")
     ranked = _rank(spec, trials)
     tracking.close_run(recipe, parent, "FINISHED" if ranked else "FAILED")
     if not ranked:
-        raise TrainingError(f"no trial of {recipe.name} reported {spec.metric}; their folders are below {folder / 'trials'}")
+        raise TrainingError(f"no trial of {recipe.name} reported {spec.metric}; their runs are in {home.path('trials')}")
     best = ranked[0]
     chosen = recipes[trials.index(best)].model_copy(
         update={"name": f"{recipe.name[:42]}-best", "checkpoint": recipe.checkpoint}
     )
     (folder / "best.yaml").write_text(chosen.to_yaml())
     show(_table(spec, trials, best))
-    show(f"best recipe: {folder / 'best.yaml'}")
-    result = recipes[trials.index(best)].run_folder() / "result.json"
-    finished = json.loads(result.read_text()) if result.exists() else {}
+    show(f"best recipe: {home.path('best.yaml')}")
+    finished = _record(recipes[trials.index(best)], "result.json")
     return {
         "status": "finished",
         "run": recipe.name,
@@ -86,7 +99,7 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
         "checkpoint": finished.get("checkpoint"),
         "metrics": best.metrics,
         "best": {"trial": best.name, **best.assignment},
-        "recipe": str(folder / "best.yaml"),
+        "recipe": home.path("best.yaml"),
         "trials": [{"trial": t.name, "status": t.status, spec.metric: t.metric, **t.assignment} for t in trials],
     }
 
@@ -94,7 +107,7 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
 def _open_parent(recipe: Recipe, folder: Path) -> str | None:
     """The MLflow run that holds the trials, the same one when a sweep goes on."""
     path = folder / "mlflow.json"
-    known = _run_id(folder)
+    known = str(json.loads(path.read_text())["run_id"]) if path.exists() else None
     parent = tracking.open_run(recipe, known)
     if parent is not None and known is None:
         write_json(path, {"run_id": parent})
@@ -102,9 +115,15 @@ def _open_parent(recipe: Recipe, folder: Path) -> str | None:
     return parent
 
 
-def _run_id(folder: Path) -> str | None:
-    path = folder / "mlflow.json"
-    return str(json.loads(path.read_text())["run_id"]) if path.exists() else None
+def _record(trial: Recipe, name: str) -> dict[str, Any]:
+    """A JSON record of a trial's run; an empty one where it has none."""
+    home = Home.of(trial).arrive()
+    try:
+        return dict(json.loads((home.folder / name).read_text()))
+    except FileNotFoundError:
+        return {}
+    finally:
+        home.leave()
 
 
 def _places(recipe: Recipe) -> int:
@@ -149,7 +168,7 @@ def _outcome(spec: SweepSpec, number: int, trial: Recipe, assignment: Assignment
     result = results.get(number)
     metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k or k == "step"} if result else {}
     metrics = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith("config/")}
-    finished = (trial.run_folder() / "result.json").exists()
+    finished = bool(_record(trial, "result.json"))
     status = "finished" if finished else "failed" if result is None or result.error else "stopped"
     return Trial(trial.name, assignment, status, metrics.get(spec.metric), metrics)
 

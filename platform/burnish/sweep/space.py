@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import Recipe, override, parse
+from burnish.config import Recipe, below, override, parse
 from burnish.sections import AxisSpec, SweepSpec
 
 Assignment = dict[str, Any]
@@ -52,6 +52,6 @@ def trial_recipe(recipe: Recipe, number: int, assignment: Assignment) -> Recipe:
     """
     located = recipe.located()
     tree = located.dump() | {"name": f"trial-{number:03d}", "sweep": None}
-    tree["checkpoint"]["storage"] = str(located.run_folder() / "trials")
+    tree["checkpoint"]["storage"] = below(located.run_place(), "trials")
     assigned = override(tree, [f"{path}={json.dumps(value)}" for path, value in assignment.items()])
     return parse(assigned, f"trial {number} of {recipe.name}")

@@ -38,16 +38,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a worker is told: the recipe, its run folder, the checkpoint to start from, and who is to be told.
+    """What a worker is told: the recipe, where its run lives, the checkpoint to start from, and who is to be told.
 
-    `remains` says whether packs are left to train; a run that was killed after its last step may only lack evaluation.
-    `best` is the smallest value of `checkpoint.best` that a checkpoint of the run has.
+    `run` is a folder or a place (`train/home.py`), `resume` the name of a checkpoint. `remains` says whether
+    packs are left to train; a run that was killed after its last step may only lack evaluation. `best` is the smallest value
+    of `checkpoint.best` that a checkpoint of the run has.
     """
 
     name: str
     recipe: Recipe
-    run_folder: Path
-    resume: Path | None
+    run: str
+    resume: str | None
     progress: Progress
     best: float | None
     remains: bool

@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from burnish.train import checkpoint, goodput
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress
 from burnish.train.cluster import draining, role_labels, width
 from burnish.train.failure import decide, last_line, lost_to_memory, memory_options
+from burnish.train.home import Home
 from burnish.train.prepare import Prepared
 from burnish.train.split import OrderedSplit
 from burnish.train.watchdog import hang
@@ -39,7 +40,7 @@ class Run:
     """What all attempts at a run share."""
 
     prepared: Prepared
-    folder: Path
+    home: Home
     run_id: str | None
     cuda: bool
     callbacks: tuple[Any, ...]
@@ -51,50 +52,62 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
     Raises Stopped where a stop was asked for, InfrastructureError where workers are lost again and again without a step in
     between, and what an attempt raised that another one would raise again.
     """
-    failures, reached = 0, -1
+    failures, reached, folder = 0, -1, run.home.folder
     while True:
-        start = _start(run.folder)
+        start = _start(run.home)
         step = start.progress.step if start else 0
         failures = failures if step == reached else 0
         reached = step
         workers = width(run.prepared.recipe, run.cuda)
-        goodput.begin(run.folder, step, workers)
+        goodput.begin(folder, step, workers)
+        run.home.settle()
         why = "failed"
         try:
-            with _stop_on_signal(run.folder) as asked:
+            with _stop_on_signal(folder) as asked, run.home.courier("metrics.jsonl"):
                 try:
                     _watched(partial(_fit, run, start, workers), run, watch)
                 finally:
-                    if (run.folder / STOP_FILE).exists():
+                    if (folder / STOP_FILE).exists():
                         asked.set()
             why = "stopped" if asked.is_set() else "finished"
         except TrainingFailedError as error:
             failures += 1
+            run.home.look()
             reason = decide(error, run.prepared.recipe) or _given_up(error, run, step, workers, failures)
             if reason is not None:
                 raise reason from error
-            lost = hang(run.folder, workers) or f"a worker was lost ({last_line(error)})"
+            lost = hang(folder, workers) or f"a worker was lost ({last_line(error)})"
             why = f"lost: {lost}"
             if asked.is_set():
                 raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
             logger.warning("%s; starting again from the newest checkpoint", lost)
             continue
         finally:
-            goodput.end(run.folder, why)
+            _account(run.home, why)
         if asked.is_set():
-            last = checkpoint.newest(run.folder / "checkpoints")
+            last = checkpoint.newest(run.home.shelf())
             step = last.progress.step if last else 0
             raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
         return
 
 
-def _start(folder: Path) -> checkpoint.Checkpoint | None:
+def _account(home: Home, why: str) -> None:
+    """Notes how an attempt ended; where the place of a run is out of reach, an error that says so is on its way already."""
+    with suppress(InfrastructureError):
+        home.look()
+    goodput.end(home.folder, why)
+    with suppress(InfrastructureError):
+        home.keep()
+
+
+def _start(home: Home) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; what earlier attempts left behind is taken away."""
-    checkpoint.clear(folder / "checkpoints")
-    hang(folder, 0)
-    (folder / SAVE_FILE).unlink(missing_ok=True)
-    start = checkpoint.newest(folder / "checkpoints")
-    if start is not None and not (start.path / checkpoint.OPTIMIZER).is_dir():
+    shelf = home.shelf()
+    shelf.clear()
+    hang(home.folder, 0)
+    (home.folder / SAVE_FILE).unlink(missing_ok=True)
+    start = checkpoint.newest(shelf)
+    if start is not None and not any(file.startswith(f"{checkpoint.OPTIMIZER}/") for file in start.files):
         raise RecipeError(f"name: {start.path} was written by a version whose checkpoints differ. Choose a new name")
     return start
 
@@ -109,7 +122,7 @@ def _given_up(error: TrainingFailedError, run: Run, step: int, workers: int, fai
             f"{memory_options(run.prepared.recipe)}"
         )
     return InfrastructureError(
-        f"workers were lost {failures} times after step {step}: {hang(run.folder, workers) or last_line(error)}"
+        f"workers were lost {failures} times after step {step}: {hang(run.home.folder, workers) or last_line(error)}"
     )
 
 
@@ -128,12 +141,12 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int) -> None:
     rendering, rounds = prepared.rendering(), prepared.rounds()
     stages = Stages()
     metric = recipe.checkpoint.best
-    leader = checkpoint.best(run.folder / "checkpoints", metric) if metric else None
+    leader = checkpoint.best(run.home.shelf(), metric) if metric else None
     attempt = Attempt(
         name=f"attempt-{uuid.uuid4().hex[:8]}",
         recipe=recipe.located(),
-        run_folder=run.folder,
-        resume=start.path if start else None,
+        run=run.home.shown,
+        resume=start.name if start else None,
         progress=progress,
         best=leader[1] if leader else None,
         remains=bool(windows),
@@ -161,7 +174,7 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int) -> None:
         # for nodes that are not there, which is right unless fewer workers would do.
         run_config=RunConfig(
             name=attempt.name,
-            storage_path=str(run.folder / ".ray"),
+            storage_path=str(run.home.folder / ".ray"),
             failure_config=FailureConfig(
                 max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1
             ),
@@ -195,13 +208,13 @@ def _watched(work: Callable[[], None], run: Run, watch: Watch | None) -> None:
     while True:
         finished = wait([future], timeout=0.5).done
         if watch is not None:
-            watch(run.folder, {"max_steps": run.prepared.recipe.train.max_steps})
+            watch(run.home.folder, {"max_steps": run.prepared.recipe.train.max_steps})
         if finished:
             return future.result()
         leaving = draining()
         if leaving - known:
             logger.warning("a node will be taken away; writing a checkpoint")
-            (run.folder / SAVE_FILE).touch()
+            (run.home.folder / SAVE_FILE).touch()
         known |= leaving
 
 

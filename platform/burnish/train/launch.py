@@ -19,6 +19,7 @@ from burnish.report import report
 from burnish.train import checkpoint, goodput, tombstone
 from burnish.train.attempts import Run, Watch, attempt_until_done
 from burnish.train.cluster import check_resources, connected, role_labels
+from burnish.train.home import Home
 from burnish.train.ledger import append, lines
 from burnish.train.prepare import (
     Prepared,
@@ -57,42 +58,48 @@ def train(
 
     Raises RecipeError, DataError, InfrastructureError, TrainingError, or Stopped where a stop was asked for.
     """
-    prepared = prepare(recipe)
-    folder = recipe.run_folder()
-    make_run_folder(folder)
-    with _alone(folder):
-        check_same_run(prepared, folder)
-        finished = _finished(folder)
-        if finished is not None:
-            return _delivered(finished, prepared, folder, parent_id)
-        started_from = tombstone.fingerprint(recipe.located().to_yaml(), digests(prepared))
-        tombstone.check(folder, started_from)
-        try:
-            return _train(prepared, folder, watch, callbacks, parent_id)
-        except BurnishError as error:
-            tombstone.bury(folder, error, started_from)
-            raise
+    with Home.of(recipe).claimed() as home:
+        prepared = prepare(recipe, home)
+        make_run_folder(home.folder)
+        with _alone(home.folder):
+            return _train_once(prepared, home, watch, callbacks, parent_id)
 
 
-def _train(
-    prepared: Prepared, folder: Path, watch: Watch | None, callbacks: tuple[Any, ...], parent_id: str | None
+def _train_once(
+    prepared: Prepared, home: Home, watch: Watch | None, callbacks: tuple[Any, ...], parent_id: str | None
 ) -> Result:
+    """Trains a run that nobody else trains now, unless it is done, or has failed for good."""
+    folder = home.folder
+    check_same_run(prepared, home)
+    finished = _finished(home)
+    if finished is not None:
+        return _delivered(finished, prepared, home, parent_id)
+    started_from = tombstone.fingerprint(prepared.recipe.located().to_yaml(), digests(prepared))
+    tombstone.check(folder, started_from)
+    try:
+        return _train(prepared, home, watch, callbacks, parent_id)
+    except BurnishError as error:
+        tombstone.bury(folder, error, started_from)
+        raise
+
+
+def _train(prepared: Prepared, home: Home, watch: Watch | None, callbacks: tuple[Any, ...], parent_id: str | None) -> Result:
     """Trains what is not finished yet, on the cluster or an embedded Ray."""
-    recipe = prepared.recipe
+    recipe, folder = prepared.recipe, home.folder
     with connected(recipe.widths()[0]):
         cuda = check_resources(recipe)
-        write_run_folder(prepared, folder)
+        write_run_folder(prepared, home)
         run_id = _open_tracking(prepared, folder, parent_id)
         labels, cache = role_labels(recipe, "data"), prepared.rendering().cache
         try:
             kept = survey.drop(recipe, prepared.train, prepared.decontaminate, cache, labels)
-            check_same_filters(kept, folder)
-            attempt_until_done(Run(replace(prepared, train=kept), folder, run_id, cuda, callbacks), watch)
+            check_same_filters(kept, home)
+            attempt_until_done(Run(replace(prepared, train=kept), home, run_id, cuda, callbacks), watch)
         except BaseException as error:
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
     run_id = run_id or _open_tracking(prepared, folder, parent_id)  # MLflow may have come back meanwhile
-    result = _finish(recipe, folder, run_id)
+    result = _finish(recipe, home, run_id)
     tracking.deliver(recipe, run_id, folder)
     try:
         tracking.add_file(recipe, run_id, report(folder))
@@ -136,12 +143,12 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
     return run_id
 
 
-def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
+def _finish(recipe: Recipe, home: Home, run_id: str | None) -> Result:
     """The result of a run that reached its end, also written to result.json, which marks the run as done."""
-    last = checkpoint.newest(folder / "checkpoints")
+    folder, last = home.folder, checkpoint.newest(home.shelf())
     if last is None:
         raise InfrastructureError(
-            f"{folder}: the run ended without a checkpoint that verifies; start it again under a new name"
+            f"{recipe.run_place()}: the run ended without a checkpoint that verifies; start it again under a new name"
         )
     if last.progress.step == 0:
         raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
@@ -149,14 +156,15 @@ def _finish(recipe: Recipe, folder: Path, run_id: str | None) -> Result:
     metrics: dict[str, float] = {}
     for line in lines(folder / "metrics.jsonl"):
         metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
-    result = Result("finished", recipe.name, run_id, last.progress.step, str(last.path), metrics)
+    result = Result("finished", recipe.name, run_id, last.progress.step, last.path, metrics)
     write_json(folder / "result.json", asdict(result))
     shutil.rmtree(folder / ".ray", ignore_errors=True)
     return result
 
 
-def _delivered(result: Result, prepared: Prepared, folder: Path, parent_id: str | None) -> Result:
+def _delivered(result: Result, prepared: Prepared, home: Home, parent_id: str | None) -> Result:
     """The result of a run that is done, with MLflow told what it has not got, as after an outage."""
+    folder = home.folder
     run_id = result.run_id or _open_tracking(prepared, folder, parent_id)
     tracking.deliver(prepared.recipe, run_id, folder)
     if run_id != result.run_id:
@@ -166,10 +174,11 @@ def _delivered(result: Result, prepared: Prepared, folder: Path, parent_id: str 
     return result
 
 
-def _finished(folder: Path) -> Result | None:
+def _finished(home: Home) -> Result | None:
     """The result of a run that is done already, where its checkpoint still stands."""
     try:
-        result = Result(**json.loads((folder / "result.json").read_text()))
+        result = Result(**json.loads((home.folder / "result.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return result if Path(result.checkpoint).is_dir() else None
+    shelf = home.shelf()
+    return result if result.checkpoint in [shelf.path(name) for name in shelf.names()] else None

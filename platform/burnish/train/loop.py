@@ -1,48 +1,64 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from burnish.data import pipeline
+from burnish.config import Recipe
 from burnish.data.order import StepMeta
-from burnish.data.stages import Patience
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
-from burnish.train.attempt import SAVE_FILE, Attempt, Progress, Wish
+from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
+from burnish.train.batches import Batch, batches
 from burnish.train.failure import check_loss, memory_advice
+from burnish.train.home import Home
 from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.watchdog import Watchdog
+from burnish.train.writer import Place, Writer
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One worker's packs of one step, and the meta of the whole step. `wait_seconds` is how long it took to come."""
+class Worker:
+    """What one worker trains with. Every worker has one, and calls what takes it at the same steps as all others."""
 
-    packs: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]]
-    meta: StepMeta
-    wait_seconds: float
+    attempt: Attempt
+    home: Home
+    engine: ds.Engine
+    objective: Objective
+    watchdog: Watchdog
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.attempt.recipe
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """Trains one worker's share of the recipe, from a checkpoint or from the start, to its end or to a stop."""
     attempt: Attempt = config["attempt"]
+    home = Home.at(attempt.run).arrive()
+    with home.courier(STOP_FILE, SAVE_FILE) if dist.get_rank() == 0 else nullcontext():
+        _train(attempt, home)
+    home.leave()
+
+
+def _train(attempt: Attempt, home: Home) -> None:
     recipe = attempt.recipe
     num_workers = dist.get_world_size()
     share = recipe.train.global_batch_size // num_workers
@@ -50,12 +66,13 @@ def train_loop(config: dict[str, Any]) -> None:
     with ThreadPoolExecutor(1) as pool:
         stream = batches(ray.train.get_dataset_shard("train"), share, attempt.patience) if attempt.remains else iter(())
         first = pool.submit(next, stream, None)
-        engine = build(attempt, num_workers)
+        engine = build(attempt, home, num_workers)
         objective = Objective(engine, engine.device)
     progress = attempt.progress
-    records = Records(attempt) if dist.get_rank() == 0 else None
-    saver = Saver(engine, attempt)
-    watchdog = Watchdog(attempt.run_folder, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
+    watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
+    worker = Worker(attempt, home, engine, objective, watchdog)
+    records = Records(attempt, home.folder) if dist.get_rank() == 0 else None
+    saver = Saver(worker)
     measured: dict[str, float] = {}
     evaluated, wish, untested = -1, Wish.NOTHING, recipe.train.self_test
     with saver.standing():
@@ -70,19 +87,19 @@ def train_loop(config: dict[str, Any]) -> None:
             if untested:
                 self_test.check(engine.module, batch.packs, engine.device)
                 untested = False
-            measured, wish = train_step(engine, objective, batch, progress.step + 1, attempt, watchdog)
+            measured, wish = train_step(worker, batch, progress.step + 1)
             progress = Progress(progress.step + 1, batch.meta.cursor)
             if records:
                 records.step(progress.step, batch.meta, measured)
             if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
-                measured |= evaluate(engine, objective, attempt, records, progress.step, watchdog)
+                measured |= evaluate(worker, records, progress.step)
                 evaluated = progress.step
                 checkpoint.report({**measured, "step": progress.step})
             if due(progress.step, recipe.checkpoint.every_steps) or wish is not Wish.NOTHING or saver.improves(measured):
                 saver.save(progress, measured)
             saver.check()
     if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
-        measured |= evaluate(engine, objective, attempt, records, progress.step, watchdog)
+        measured |= evaluate(worker, records, progress.step)
         checkpoint.report({**measured, "step": progress.step})
     watchdog.rest()
     saver.finish(progress, measured)
@@ -90,30 +107,28 @@ def train_loop(config: dict[str, Any]) -> None:
         records.close()
 
 
-def build(attempt: Attempt, num_workers: int) -> ds.Engine:
+def build(attempt: Attempt, home: Home, num_workers: int) -> ds.Engine:
     """The engine at the attempt's checkpoint, or at the start of the run. A collective call."""
     recipe, resume = attempt.recipe, attempt.resume
     model = build_model(recipe, attempt.cuda)
     if resume is None:
         return ds.build_engine(recipe, model, num_workers)
-    ds.load_weights(model, resume / checkpoint.WEIGHTS)
-    engine = ds.build_engine(recipe, model, num_workers)
-    ds.load_optimizer(engine, resume / checkpoint.OPTIMIZER)
+    with home.shelf().fetched(resume, home.folder.parent / f".{attempt.name}") as folder:
+        ds.load_weights(model, folder / checkpoint.WEIGHTS)
+        engine = ds.build_engine(recipe, model, num_workers)
+        ds.load_optimizer(engine, folder / checkpoint.OPTIMIZER)
+        dist.barrier()  # whoever leaves first takes the copies of a remote checkpoint away
     return engine
 
 
-def train_step(
-    engine: ds.Engine, objective: Objective, batch: Batch, step: int, attempt: Attempt, watchdog: Watchdog
-) -> tuple[dict[str, float], Wish]:
+def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float], Wish]:
     """One optimizer step; the metrics of the whole step, and what the run is asked to do next. A collective call.
 
     Raises TrainingError on every worker where the loss of the step is no number or explodes, and where memory does not
     suffice; no checkpoint is written after it.
     """
-    recipe, meta = attempt.recipe, batch.meta
+    recipe, meta, engine = worker.recipe, batch.meta, worker.engine
     started = time.monotonic()
-    # Dropout is a function of the step and the worker, so a resumed run draws what the uninterrupted one drew.
-    torch.manual_seed(hash((recipe.train.seed, step, dist.get_rank())) % (1 << 63))
     done = (step - 1) / recipe.train.max_steps if recipe.train.max_steps else 0.0
     rate = learning_rate(recipe.optim, step, max(meta.progress, done))
     ds.set_learning_rate(engine, rate)
@@ -121,13 +136,15 @@ def train_step(
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     grad_norm = 0.0
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
-        for input_ids, labels, seq_lens in batch.packs:
-            loss = objective.loss_sum(input_ids, labels, seq_lens)
+        for number, (input_ids, labels, seq_lens) in enumerate(batch.packs):
+            # Dropout is a function of the pack's place in the run, whatever worker trains it and however often.
+            torch.manual_seed(seed_of(recipe.train.seed, step, dist.get_rank() + number * dist.get_world_size()))
+            loss = worker.objective.loss_sum(input_ids, labels, seq_lens)
             ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
             grad_norm = ds.step(engine)
             shared[0] += loss.detach()
-            watchdog.beat()
-    shared[1] = float(Wish.of(attempt.run_folder)) if dist.get_rank() == 0 else 0.0
+            worker.watchdog.beat()
+    shared[1] = float(Wish.of(worker.home.folder)) if dist.get_rank() == 0 else 0.0
     dist.all_reduce(shared)
     total, wish = shared.tolist()
     loss_value = total / max(1, meta.trained_tokens)
@@ -150,18 +167,18 @@ def train_step(
     return metrics, Wish(int(wish))
 
 
-def evaluate(
-    engine: ds.Engine, objective: Objective, attempt: Attempt, records: "Records | None", step: int, watchdog: Watchdog
-) -> dict[str, float]:
+def evaluate(worker: Worker, records: "Records | None", step: int) -> dict[str, float]:
     """Loss and perplexity over all held-out rows, each trained token of them counted once. A collective call."""
+    engine = worker.engine
     engine.eval()
     shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
-        share = attempt.recipe.train.global_batch_size // dist.get_world_size()
-        for batch in watchdog.patient(batches(ray.train.get_dataset_shard("eval"), share, attempt.patience)):
+        share = worker.recipe.train.global_batch_size // dist.get_world_size()
+        held_out = batches(ray.train.get_dataset_shard("eval"), share, worker.attempt.patience)
+        for batch in worker.watchdog.patient(held_out):
             for input_ids, labels, seq_lens in batch.packs:
-                shared[0] += objective.loss_sum(input_ids, labels, seq_lens)
-                watchdog.beat()
+                shared[0] += worker.objective.loss_sum(input_ids, labels, seq_lens)
+                worker.watchdog.beat()
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()
             if records:
                 records.refuse(batch.meta)
@@ -182,26 +199,26 @@ def evaluate(
 class Saver:
     """The checkpoints of this attempt; every worker has one and calls it at the same steps."""
 
-    def __init__(self, engine: ds.Engine, attempt: Attempt) -> None:
-        spec = attempt.recipe.checkpoint
-        place = checkpoint.Place(attempt.run_folder, attempt.name, spec.keep, spec.best, attempt.behaviour_sha256)
-        self._writer = checkpoint.Writer(place, dist.get_rank(), dist.get_world_size())
-        self._engine, self._attempt, self._best = engine, attempt, attempt.best
+    def __init__(self, worker: Worker) -> None:
+        spec, attempt = worker.recipe.checkpoint, worker.attempt
+        place = Place(worker.home, attempt.name, spec.keep, spec.best, attempt.behaviour_sha256)
+        self._writer = Writer(place, dist.get_rank(), dist.get_world_size())
+        self._worker, self._best = worker, attempt.best
         self._saved = attempt.progress.step if attempt.resume else -1
 
     def improves(self, measured: dict[str, float]) -> bool:
         """Whether an evaluation is better than at all checkpoints before; the same on every worker."""
-        metric = self._attempt.recipe.checkpoint.best
+        metric = self._worker.recipe.checkpoint.best
         return metric == "eval/loss" and metric in measured and (self._best is None or measured[metric] < self._best)
 
     def save(self, progress: Progress, measured: dict[str, float]) -> None:
         """Begins one checkpoint, which training does not wait for. A collective call."""
-        metadata = {"chat_contract": f"sha256:{self._attempt.behaviour_sha256}"}
-        self._writer.write(progress, measured, ds.snapshot(self._engine, metadata))
+        metadata = {"chat_contract": f"sha256:{self._worker.attempt.behaviour_sha256}"}
+        self._writer.write(progress, measured, ds.snapshot(self._worker.engine, metadata))
         self._saved = progress.step
         self._note(measured)
         if dist.get_rank() == 0:
-            (self._attempt.run_folder / SAVE_FILE).unlink(missing_ok=True)
+            (self._worker.home.folder / SAVE_FILE).unlink(missing_ok=True)
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -225,9 +242,15 @@ class Saver:
         self._writer.wait()
 
     def _note(self, measured: dict[str, float]) -> None:
-        value = measured.get(self._attempt.recipe.checkpoint.best or "")
+        value = measured.get(self._worker.recipe.checkpoint.best or "")
         if value is not None:
             self._best = value if self._best is None else min(value, self._best)
+
+
+def seed_of(seed: int, step: int, pack: int) -> int:
+    """The seed of the random numbers that a pack of a step draws; the same in every version of Python."""
+    digest = hashlib.sha256(f"{seed} {step} {pack}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def due(step: int, every: int | None) -> bool:
@@ -235,38 +258,13 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def batches(shard: Any, share: int, patience: Patience) -> Iterator[Batch]:
-    """This worker's steps in order, `share` packs each; a block of its stream is its part of a round of steps.
-
-    Raises InfrastructureError where `patience` ends.
-    """
-    rows = None
-    # With blocks to prefetch, Ray gives the first one only when it has the others; a round lasts many steps.
-    blocks = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    started = time.monotonic()
-    for block in patience.each(blocks):
-        rows = rows or block.num_rows
-        assert block.num_rows == rows and rows % share == 0, f"a block of {block.num_rows} packs is no part of a round"
-        for meta, table in pipeline.steps_of(block, share):
-            columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels", "seq_lens")]
-            packs = [(_row(columns[0], i), _row(columns[1], i), _row(columns[2], i)) for i in range(share)]
-            yield Batch(packs, meta, time.monotonic() - started)
-            started = time.monotonic()
-
-
-def _row(column: Any, i: int) -> NDArray[np.int32]:
-    """One list of an Arrow column as a NumPy view."""
-    values: NDArray[np.int32] = column[i].values.to_numpy(zero_copy_only=False)
-    return values
-
-
 class Records:
     """World rank 0's records: the run folder's files, and MLflow."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, folder: Path) -> None:
         recipe = attempt.recipe
-        self._ledger = Ledger.open(attempt.run_folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
-        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, attempt.run_folder)
+        self._ledger = Ledger.open(folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
+        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, folder)
 
     def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:
         """One trained step."""

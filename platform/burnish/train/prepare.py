@@ -23,6 +23,7 @@ from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.sections import SourceSpec
 from burnish.tracking import DELIVERED
 from burnish.train.attempt import STOP_FILE
+from burnish.train.home import Home
 from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, model_digest, pack_cost
 
@@ -58,10 +59,13 @@ class Prepared:
         return pipeline.Rounds(self.recipe, pack_cost(self.recipe), round_steps(self.recipe.train.global_batch_size))
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing."""
+def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
+    """Checks model, tokenizer, template, files and the first rows. Raises RecipeError or DataError; starts nothing.
+
+    `home` is where the run lives, with its records, if it was started before.
+    """
     check_model(recipe)
-    template = load_template(recipe, _started_on(recipe.run_folder()))
+    template = load_template(recipe, _started_on(home or Home.of(recipe)))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
     named = [SourceSpec(path=path) for path in recipe.data.filters.decontaminate]
@@ -128,10 +132,10 @@ def _read_rows(name: str, heads: Iterable[tuple[Slice, int, Any]], template: Tem
         raise DataError(f"{name}: of the first {rows} rows, {error}. {example}") from None
 
 
-def check_same_run(prepared: Prepared, folder: Path) -> None:
+def check_same_run(prepared: Prepared, home: Home) -> None:
     """Raises RecipeError or DataError where a run of this name was started with another recipe, data or template."""
-    recipe = prepared.recipe
-    if not _has_trained(folder):
+    recipe, folder = prepared.recipe, home.folder
+    if not _has_trained(home):
         return
     check_same_recipe(recipe, folder)
     was, now = json.loads((folder / "data.json").read_text()), digests(prepared)
@@ -147,15 +151,15 @@ def check_same_run(prepared: Prepared, folder: Path) -> None:
         )
 
 
-def check_same_filters(kept: Index, folder: Path) -> None:
+def check_same_filters(kept: Index, home: Home) -> None:
     """Notes what data.filters leave out of a run; raises DataError where a run that was started before left out other rows.
 
     Another version of the library that finds near copies would otherwise move rows between packs in silence.
     """
     rows = [(part.slice, row, code) for part in kept.slices for row, code, _ in part.dropped]
     now = {"sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), "rows": len(rows)}
-    path = folder / "filters.json"
-    if _has_trained(folder) and path.exists() and json.loads(path.read_text()) != now:
+    path = home.folder / "filters.json"
+    if _has_trained(home) and path.exists() and json.loads(path.read_text()) != now:
         raise DataError(
             f"name: data.filters leave out other rows than at the start of this run ({path}); the code that compares rows "
             "has changed. Choose a new name, or go on with the versions that the run was started with"
@@ -163,9 +167,9 @@ def check_same_filters(kept: Index, folder: Path) -> None:
     write_json(path, now)
 
 
-def _started_on(folder: Path) -> str | None:
+def _started_on(home: Home) -> str | None:
     """The day that the template of a run shows which was started before; None where it shows none."""
-    return Contract.read(folder).date if _has_trained(folder) else None
+    return Contract.read(home.folder).date if _has_trained(home) else None
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -200,14 +204,15 @@ def make_run_folder(folder: Path) -> None:
         raise (InfrastructureError(message) if full else RecipeError(message)) from None
 
 
-def _has_trained(folder: Path) -> bool:
+def _has_trained(home: Home) -> bool:
     """Whether a run has anything to go on from; one that has not may still be changed."""
-    return (folder / "recipe.yaml").exists() and any((folder / "checkpoints").glob("step-*"))
+    return (home.folder / "recipe.yaml").exists() and bool(home.shelf().names())
 
 
-def write_run_folder(prepared: Prepared, folder: Path) -> None:
+def write_run_folder(prepared: Prepared, home: Home) -> None:
     """What the run was started from, written once; recipe.yaml last, since it says that the rest stands."""
-    if _has_trained(folder):
+    folder = home.folder
+    if _has_trained(home):
         return
     try:
         for name in ("mlflow.json", DELIVERED, "attempts.jsonl"):

@@ -7,9 +7,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from burnish.errors import InfrastructureError
+from burnish.train.home import Home
 from burnish.train.ledger import lines, replace_text
 
 EXIT_CODE = 70
@@ -30,8 +33,8 @@ class Watchdog:
     that wait for it can.
     """
 
-    def __init__(self, folder: Path, world_rank: int, seconds: float) -> None:
-        self._file, self._seconds = folder / f".hang-{world_rank:05d}.json", seconds
+    def __init__(self, home: Home, world_rank: int, seconds: float) -> None:
+        self._home, self._file, self._seconds = home, home.folder / f".hang-{world_rank:05d}.json", seconds
         self._about = {"world_rank": world_rank, "node": os.uname().nodename, "seconds": seconds}
         self._watched = threading.get_ident()
         self._beat: float | None = None
@@ -70,6 +73,8 @@ class Watchdog:
         inner = [call for call in calls if not any(part in call.filename for part in _COLLECTIVES)]
         at = f"{inner[-1].filename}:{inner[-1].lineno} in {inner[-1].name}" if inner else "a collective"
         replace_text(self._file, json.dumps({**self._about, "waits": waits, "at": at}) + "\n")
+        with suppress(InfrastructureError):
+            self._home.keep()
 
 
 def hang(folder: Path, num_workers: int) -> str | None:

@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import os
 import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from burnish.data import files, sources
+from burnish.data import sources
 from burnish.errors import DataError, RecipeError
 from burnish.sections import SourceSpec
 from tests.conftest import free_ports, write_rows
@@ -96,29 +95,6 @@ def test_fsspec_reaches_what_pyarrow_does_not():
         rows_of(path="memory://bucket/other.jsonl")
     with pytest.raises(DataError, match="nosuch"):
         rows_of(path="nosuch://bucket/other.jsonl")
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket on a real S3 server of this machine, reached as any other is: by the environment."""
-    from moto.server import ThreadedMotoServer
-
-    (port,) = free_ports(1)
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    before = dict(os.environ)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    files.filesystem.cache_clear()
-    system, _ = files.filesystem("s3://bucket/rows?region=us-east-1&allow_bucket_creation=true")
-    system.create_dir("bucket")
-    yield system
-    files.filesystem.cache_clear()
-    os.environ.clear()
-    os.environ |= before
-    server.stop()
 
 
 def put(system, path, data: bytes) -> None:

@@ -50,6 +50,6 @@ def test_a_trial_is_a_recipe_of_its_own_below_the_sweep(make_recipe, tmp_path):
     recipe = make_recipe(lora={"rank": 4}, sweep={"space": {"lora.rank": {"choice": [4, 8]}}})
     trial = trial_recipe(recipe, 3, {"lora.rank": 8, "optim.learning_rate": 1e-5})
     assert (trial.name, trial.lora.rank, trial.optim.learning_rate, trial.sweep) == ("trial-003", 8, 1e-5, None)
-    assert trial.run_folder() == tmp_path / "runs" / "small" / "trials" / "trial-003"
+    assert trial.run_place() == str(tmp_path / "runs" / "small" / "trials" / "trial-003")
     with pytest.raises(RecipeError, match=r"trial 0 of small: lora.rank"):
         trial_recipe(recipe, 0, {"lora.rank": "many"})

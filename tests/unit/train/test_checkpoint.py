@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
-from burnish.train.checkpoint import Place, Writer, best, clear, newest, verify
+from burnish.train.checkpoint import best, newest, verify
+from burnish.train.home import Home
+from burnish.train.shelf import Shelf
+from burnish.train.writer import Place, Writer
 
 
 def write(folder, step, content=b"weights"):
@@ -33,10 +36,10 @@ def write(folder, step, content=b"weights"):
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
-    assert newest(tmp_path) is None
+    assert newest(Shelf(str(tmp_path))) is None
     write(tmp_path, 10), write(tmp_path, 20)
     (tmp_path / ".step-00000030.partial").mkdir()
-    found = newest(tmp_path)
+    found = newest(Shelf(str(tmp_path)))
     assert (found.progress.step, found.progress.cursor.index, found.num_workers) == (20, 2, 2)
 
 
@@ -56,8 +59,8 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
         (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-20])
     else:
         (path / "manifest.json").write_text("[]")
-    assert verify(path) is None
-    assert newest(tmp_path).progress.step == 10
+    assert verify(Shelf(str(tmp_path)), path.name) is None
+    assert newest(Shelf(str(tmp_path))).progress.step == 10
     assert (tmp_path / ".broken-step-00000020").is_dir() and not path.exists()
 
 
@@ -85,15 +88,15 @@ def test_a_checkpoint_is_what_its_manifest_names_in_its_own_folder_and_nothing_e
     else:
         manifest["files"] = {}
         (path / "weights.safetensors").unlink(), (path / "optimizer/0").unlink()
-    assert verify(path) is not None or way in ("symlink", "symlinked folder", "no weights named")
+    assert verify(Shelf(str(tmp_path)), path.name) is not None or way in ("symlink", "symlinked folder", "no weights named")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert verify(path) is None
+    assert verify(Shelf(str(tmp_path)), path.name) is None
 
 
 def place(folder, keep=2, best=None):
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "contract.json").write_text("{}")
-    return Place(folder, "attempt-1", keep, best, "x")
+    return Place(Home(folder), "attempt-1", keep, best, "x")
 
 
 def files(value, world_rank=0):
@@ -114,11 +117,12 @@ def test_a_checkpoint_stands_when_every_worker_has_written_its_part_and_the_newe
     for writer in writers:
         writer.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
-    found = newest(folder)
+    found = newest(Shelf(str(folder)))
     assert found.progress == Progress(6, Cursor(1, 2, 3)) and found.num_workers == 2
-    names = {str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file()}
+    path = folder / found.name
+    names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert names == {"contract.json", "manifest.json", *files(6), *files(6, 1)}
-    assert float(load_file(found.path / "weights.safetensors")["a"][0]) == 6.0
+    assert float(load_file(path / "weights.safetensors")["a"][0]) == 6.0
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest_and_may_be_measured_later(tmp_path):
@@ -129,23 +133,23 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_may_be_measured_later
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
     writer.measure(Progress(4), {"eval/loss": 0.5})
-    assert best(folder, "eval/loss") == (folder / "step-00000004", 0.5)
+    assert best(Shelf(str(folder)), "eval/loss") == ("step-00000004", 0.5)
     assert [path.name for path in folder.iterdir()] == ["step-00000004"]
-    assert newest(folder).progress.step == 4
-    assert best(folder, "train/loss") is None
+    assert newest(Shelf(str(folder))).progress.step == 4
+    assert best(Shelf(str(folder)), "train/loss") is None
 
 
 def test_what_earlier_attempts_left_unfinished_is_cleared_and_never_taken_for_a_part(tmp_path):
-    folder = place(tmp_path).folder
+    folder = place(tmp_path).home.folder / "checkpoints"
     stale = folder / ".step-00000002.attempt-0.partial"
     stale.mkdir()
-    (stale / ".part-00001.json").write_text("{}")
+    (stale / ".part-attempt-0-00001.json").write_text("{}")
     writer = Writer(place(tmp_path), 0, 2)
     writer.write(Progress(2), {}, files(2))
     with pytest.raises(TimeoutError):
         writer._pending.result(timeout=0.5)
-    clear(folder)
-    assert list(folder.iterdir()) == [] and newest(folder) is None
+    Shelf(str(folder)).clear()
+    assert list(folder.iterdir()) == [] and newest(Shelf(str(folder))) is None
 
 
 def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_up(tmp_path):
@@ -158,7 +162,7 @@ def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_u
     writer.check()
     (tmp_path / "unmounted").rename(folder)
     writer.wait()
-    assert newest(folder).progress.step == 2
+    assert newest(Shelf(str(folder))).progress.step == 2
 
 
 def test_a_full_disk_is_reported_as_such_at_once_and_the_checkpoint_before_stays(tmp_path):
@@ -177,4 +181,4 @@ def test_a_full_disk_is_reported_as_such_at_once_and_the_checkpoint_before_stays
     assert found.value.exit_code == 4
     with pytest.raises(InfrastructureError, match="step 4"):
         writer.check()
-    assert newest(tmp_path / "checkpoints").progress.step == 2
+    assert newest(Shelf(str(tmp_path / "checkpoints"))).progress.step == 2

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from burnish.data import pipeline
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
+from burnish.train.home import Home
 from burnish.train.model import with_adapters
 from burnish.train.prepare import (
     check_same_filters,
@@ -30,19 +32,19 @@ def started(make_recipe, model_folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     recipe = make_recipe(model={"path": str(model)})
-    folder = recipe.run_folder()
+    folder = Path(recipe.run_place())
     make_run_folder(folder)
-    write_run_folder(prepare(recipe), folder)
+    write_run_folder(prepare(recipe), Home(folder))
     (folder / "checkpoints" / "step-00000002").mkdir()
     return recipe, folder
 
 
 def test_the_same_recipe_goes_on_and_the_resolved_one_has_absolute_paths(started, monkeypatch):
     recipe, folder = started
-    check_same_run(prepare(recipe), folder)
+    check_same_run(prepare(recipe), Home(folder))
     monkeypatch.chdir(folder.parent.parent)
     relative = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "model"})})
-    check_same_run(prepare(relative), folder)
+    check_same_run(prepare(relative), Home(folder))
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"].startswith("/")
 
 
@@ -51,7 +53,7 @@ def test_a_recipe_that_trains_otherwise_is_refused(started, change):
     recipe, folder = started
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update=change)})
     with pytest.raises(RecipeError, match=f"another recipe .data.{next(iter(change))}: "):
-        check_same_run(prepare(other), folder)
+        check_same_run(prepare(other), Home(folder))
 
 
 def test_a_run_does_not_go_on_with_code_that_it_was_not_started_with(started):
@@ -70,26 +72,26 @@ def test_filters_that_leave_out_other_rows_when_a_run_goes_on_are_refused(starte
     index = prepare(recipe).train
     first = replace(index.slices[0], dropped=((1, "near-duplicate", "says what a says"),))
     found = replace(index, slices=(first, *index.slices[1:]))
-    check_same_filters(found, folder)
+    check_same_filters(found, Home(folder))
     reworded = replace(first, dropped=((1, "near-duplicate", "says what b says"),))
-    check_same_filters(replace(index, slices=(reworded, *index.slices[1:])), folder)
+    check_same_filters(replace(index, slices=(reworded, *index.slices[1:])), Home(folder))
     with pytest.raises(DataError, match="leave out other rows than at the start"):
-        check_same_filters(index, folder)
+        check_same_filters(index, Home(folder))
     (folder / "checkpoints" / "step-00000002").rmdir()
-    check_same_filters(index, folder)  # what has not trained yet may still change
+    check_same_filters(index, Home(folder))  # what has not trained yet may still change
 
 
 def test_a_model_that_moved_goes_on_and_one_that_changed_does_not(started, tmp_path):
     recipe, folder = started
     (tmp_path / "model").rename(tmp_path / "moved")
     moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "moved")})})
-    check_same_run(prepare(moved), folder)
+    check_same_run(prepare(moved), Home(folder))
     weights = tmp_path / "moved" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(DataError, match=r"has changed since it was started \(model\)"):
-        check_same_run(prepare(moved), folder)
+        check_same_run(prepare(moved), Home(folder))
 
 
 def test_rows_or_a_template_that_changed_are_refused(started, tmp_path):
@@ -98,16 +100,16 @@ def test_rows_or_a_template_that_changed_are_refused(started, tmp_path):
     template.write_text(prepare(recipe).contract.template.replace("{{- m.content }}", "{{- m.content | trim }}"))
     other = recipe.model_copy(update={"template": recipe.template.model_copy(update={"path": str(template)})})
     with pytest.raises(DataError, match=r"behaves otherwise than at its start: the probe spaces .* expected .* found"):
-        check_same_run(prepare(other), folder)
+        check_same_run(prepare(other), Home(folder))
     template.write_text("{# only a comment #}" + prepare(recipe).contract.template)
-    check_same_run(prepare(other), folder)
+    check_same_run(prepare(other), Home(folder))
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write("\n")
-    check_same_run(prepare(recipe), folder)
+    check_same_run(prepare(recipe), Home(folder))
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write(json.dumps(conversation(7)) + "\n")
     with pytest.raises(DataError, match=r"\(train\)"):
-        check_same_run(prepare(recipe), folder)
+        check_same_run(prepare(recipe), Home(folder))
 
 
 def test_a_cosmetic_edit_of_the_models_own_template_goes_on_and_a_tokenizer_that_behaves_otherwise_does_not(
@@ -116,10 +118,10 @@ def test_a_cosmetic_edit_of_the_models_own_template_goes_on_and_a_tokenizer_that
     recipe, folder = started
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text("{# a comment #}" + template.read_text())
-    check_same_run(prepare(recipe), folder)
+    check_same_run(prepare(recipe), Home(folder))
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
     with pytest.raises(DataError, match="the probe one turn"):
-        check_same_run(prepare(recipe), folder)
+        check_same_run(prepare(recipe), Home(folder))
 
 
 def test_a_run_under_a_clock_keeps_the_day_on_which_it_started(make_recipe, tmp_path):
@@ -128,9 +130,9 @@ def test_a_run_under_a_clock_keeps_the_day_on_which_it_started(make_recipe, tmp_
     recipe = make_recipe(template={"path": str(clock)})
     assert prepare(recipe).contract.date == datetime.date.today().isoformat()
     first = make_recipe(template={"path": str(clock), "date": "2020-02-03"})
-    folder = recipe.run_folder()
+    folder = Path(recipe.run_place())
     make_run_folder(folder)
-    write_run_folder(prepare(first), folder)
+    write_run_folder(prepare(first), Home(folder))
     (folder / "checkpoints" / "step-00000002").mkdir()
     assert prepare(recipe).contract.date == "2020-02-03"
     assert "03 Feb 2020<|im_start|>" in prepare(recipe).contract.probes[0].text

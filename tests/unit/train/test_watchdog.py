@@ -10,8 +10,9 @@ from burnish.train.watchdog import EXIT_CODE, hang
 BEGIN = """
 import sys, time
 from pathlib import Path
+from burnish.train.home import Home
 from burnish.train.watchdog import Watchdog
-dog = Watchdog(Path(sys.argv[1]), 1, 0.5)
+dog = Watchdog(Home(Path(sys.argv[1])), 1, 0.5)
 dog.beat()
 """
 

@@ -1,0 +1,235 @@
+"""Checkpoints are written while training goes on, each whole or not at all.
+
+A folder is written under a hidden name and renamed when its manifest stands; on a remote file system every worker uploads
+its files, and the manifest, which comes last, makes the checkpoint.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pyarrow as pa
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
+
+from burnish.errors import InfrastructureError, one_line
+from burnish.train.attempt import Progress
+from burnish.train.checkpoint import Files, best
+from burnish.train.home import RETRY_SECONDS, Home
+from burnish.train.ledger import replace_text
+from burnish.train.shelf import MANIFEST
+
+_FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Answers of a storage that waiting does not change."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how an attempt writes its checkpoints; `attempt` keeps what an earlier one left apart."""
+
+    home: Home
+    attempt: str
+    keep: int
+    best: str | None
+    behaviour_sha256: str
+
+    def unfinished(self, step: int) -> Path:
+        """The folder in which a worker puts its files of a checkpoint first; the shelf's own where all nodes share that."""
+        return self.home.folder / "checkpoints" / f".{_name(step)}.{self.attempt}.partial"
+
+
+class Writer:
+    """Writes one worker's files of each checkpoint in a thread, at most one checkpoint at a time.
+
+    Every worker has one and calls it at the same steps. World rank 0 waits for the files of all and makes the checkpoint of
+    them. A storage that fails is tried again for `RETRY_SECONDS`, while training goes on; a checkpoint that could not be
+    written raises InfrastructureError from the next call, and the ones before it are untouched.
+    """
+
+    def __init__(self, place: Place, world_rank: int, num_workers: int) -> None:
+        self._place, self._rank, self._num_workers = place, world_rank, num_workers
+        self._shelf = place.home.shelf()
+        self._pending: Future[None] = Future()
+        self._pending.set_result(None)
+
+    def write(self, progress: Progress, metrics: dict[str, float], files: Files) -> None:
+        """Begins the checkpoint of a step when the one before is written; `files` belong to the writer from then on."""
+        self.wait()
+        self._pending = _begun(partial(self._write, progress, metrics, files))
+
+    def measure(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Adds metrics to the checkpoint of a step that was just begun, when it is written."""
+        self.wait()
+        if self._rank == 0:
+            name = _name(progress.step)
+            manifest = json.loads(self._shelf.read(name, MANIFEST))
+            manifest["metrics"] |= metrics
+            self._shelf.write(name, MANIFEST, json.dumps(manifest, indent=2).encode())
+            self._sweep()
+
+    def check(self) -> None:
+        """Raises what the last write has raised by now; never waits."""
+        if self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> None:
+        """Returns when the last write stands; raises what it raised."""
+        self._pending.result()
+
+    def _write(self, progress: Progress, metrics: dict[str, float], files: Files) -> None:
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception(_may_pass),
+                wait=wait_exponential(multiplier=0.5, max=30),
+                stop=stop_after_delay(RETRY_SECONDS),
+                before_sleep=_say,
+                reraise=True,
+            ):
+                with attempt:
+                    self._write_part(progress.step, files)
+                    if self._rank == 0:
+                        self._publish(progress, metrics)
+            if self._rank == 0:
+                self._sweep()
+        except (OSError, SafetensorError, pa.ArrowException) as error:
+            raise InfrastructureError(
+                f"the checkpoint of step {progress.step} could not be written to {self._shelf.place} ({self._free()}): "
+                f"{one_line(error)}. Make room; the same command goes on from the checkpoint before"
+            ) from error
+
+    def _free(self) -> str:
+        """What the storage has left, as far as it says so."""
+        if self._shelf.remote:
+            return "a remote file system"
+        folder = Path(self._shelf.place)
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free" if folder.exists() else "which is gone"
+
+    def _write_part(self, step: int, files: Files) -> None:
+        """Writes this worker's files, and then what they are, so that world rank 0 knows that they stand."""
+        unfinished, name = self._place.unfinished(step), self._marker(self._rank)
+        if not (unfinished / name).exists():
+            # Not the folder of the checkpoints itself: a mount that is gone must not be written beside.
+            unfinished.mkdir(exist_ok=True)
+            write_files(unfinished, files)
+            replace_text(unfinished / name, json.dumps({file: _described(unfinished / file) for file in files}))
+        if self._shelf.remote:
+            for file in (*files, name):
+                self._shelf.upload(unfinished, _name(step), file)
+            shutil.rmtree(unfinished)
+
+    def _part(self, step: int, world_rank: int) -> dict[str, Any]:
+        """What a worker has written, when it has."""
+        name, unfinished = self._marker(world_rank), self._place.unfinished(step)
+        while True:
+            try:
+                text = self._shelf.read(_name(step), name) if self._shelf.remote else (unfinished / name).read_bytes()
+                return dict(json.loads(text))
+            except FileNotFoundError:
+                if not self._shelf.remote:
+                    unfinished.stat()  # raises where the storage is gone
+            time.sleep(0.5 if self._shelf.remote else 0.02)
+
+    def _marker(self, world_rank: int) -> str:
+        return f".part-{self._place.attempt}-{world_rank:05d}.json"
+
+    def _publish(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Writes the manifest, when the parts of all workers stand; with it the checkpoint is whole."""
+        contract = self._place.home.folder / "contract.json"
+        files = {"contract.json": _described(contract)}
+        for world_rank in range(self._num_workers):
+            files |= self._part(progress.step, world_rank)
+        manifest: dict[str, Any] = {
+            "step": progress.step,
+            "cursor": asdict(progress.cursor),
+            "num_workers": self._num_workers,
+            "behaviour_sha256": self._place.behaviour_sha256,
+            "metrics": metrics,
+            "files": files,
+        }
+        text, name = json.dumps(manifest, indent=2), _name(progress.step)
+        if self._shelf.remote:
+            self._shelf.write(name, "contract.json", contract.read_bytes())
+            self._place.home.keep()  # a run that goes on from here needs the records of the steps before
+            self._shelf.complete(name, files, text)
+            return
+        unfinished = self._place.unfinished(progress.step)
+        shutil.copy(contract, unfinished)
+        with open(unfinished / MANIFEST, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        final = Path(self._shelf.place, name)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        for marker in final.glob(".part-*.json"):
+            marker.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Removes all but the newest checkpoints and the best one; what cannot be removed now is removed the next time."""
+        leader = best(self._shelf, self._place.best) if self._place.best else None
+        for old in self._shelf.names()[: -self._place.keep]:
+            if leader is None or old != leader[0]:
+                with suppress(OSError):
+                    self._shelf.remove(old)
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Writes one worker's files of a checkpoint below a folder. Raises OSError or SafetensorError."""
+    for name, (tensors, metadata) in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _begun(work: Callable[[], None]) -> "Future[None]":
+    """The work in a thread that does not hold up the end of the process."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a storage that failed so may work again by itself."""
+    if isinstance(error, InfrastructureError | pa.ArrowException):
+        return True
+    if isinstance(error, SafetensorError):
+        found = re.search(r"os error (\d+)", str(error))
+        return found is not None and int(found[1]) not in _FINAL
+    return isinstance(error, OSError) and error.errno not in _FINAL
+
+
+def _say(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    logger.warning("a checkpoint could not be written yet, trying again: %s", one_line(error) if error else "")

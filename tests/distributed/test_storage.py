@@ -1,0 +1,117 @@
+"""A run on an object store, where no disk is shared: stopped, killed, gone on with elsewhere, exported and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from burnish.data import files
+from burnish.train.ledger import lines
+from tests.conftest import conversation, write_model, write_rows
+
+pytestmark = pytest.mark.distributed
+
+DEADLINE_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("storage")
+    write_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", [conversation(i, 1 + i % 2) for i in range(48)])
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: far
+model: {{path: {folder / "model"}, dtype: float32}}
+lora: {{rank: 4, dropout: 0.1}}
+data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
+optim: {{learning_rate: 1e-2, warmup_steps: 2}}
+train: {{global_batch_size: 4, epochs: 6}}
+scale: {{num_workers: 2, use_gpu: false}}
+checkpoint: {{every_steps: 4, storage: {folder / "runs"}}}
+tracking: {{uri: null}}
+"""
+    )
+    return path
+
+
+def burnish(*arguments: str, machine: Path) -> subprocess.Popen:
+    """A command on a machine: a temporary folder of its own."""
+    machine.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "burnish.cli", *arguments]
+    environment = {**os.environ, "TMPDIR": str(machine)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ledger_there(s3) -> int:
+    """Steps in the ledger of the run on the object store."""
+    try:
+        with s3.open_input_stream("bucket/runs/far/ledger.jsonl") as stream:
+            return stream.read().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_step(s3, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while ledger_there(s3) < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_on_an_object_store_is_stopped_killed_and_ends_as_one_on_a_disk(s3, recipe, tmp_path):
+    place = "checkpoint.storage=s3://bucket/runs?region=us-east-1"
+    quiet = burnish("train", str(recipe), "name=near", machine=tmp_path / "a")
+    assert quiet.wait(DEADLINE_SECONDS) == 0, quiet.stderr.read()
+    near = recipe.parent / "runs" / "near"
+
+    stopped = burnish("train", str(recipe), place, machine=tmp_path / "a")
+    wait_for_step(s3, 5, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(DEADLINE_SECONDS) == 75, stopped.stderr.read()
+    assert not list((tmp_path / "a").glob("burnish-*/*/*")), "nothing stays on a machine"
+    at = ledger_there(s3)
+    killed = burnish("train", str(recipe), place, machine=tmp_path / "b")
+    wait_for_step(s3, at + 5, killed)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait(DEADLINE_SECONDS)
+    ended = burnish("train", str(recipe), place, "scale.num_workers=1", machine=tmp_path / "c")
+    assert ended.wait(DEADLINE_SECONDS) == 0, ended.stderr.read()
+    result = json.loads(ended.stdout.read())
+    assert result["checkpoint"].startswith("s3://bucket/runs/far/checkpoints/step-") and result["status"] == "finished"
+    assert result["metrics"]["run/restarts"] >= 2
+
+    again = burnish("train", str(recipe), place, machine=tmp_path / "d")
+    out, err = again.communicate(timeout=DEADLINE_SECONDS)
+    assert json.loads(out) == result, err
+    report = burnish("report", "s3://bucket/runs/far?region=us-east-1", machine=tmp_path / "d")
+    assert report.communicate(timeout=DEADLINE_SECONDS)[0] == "s3://bucket/runs/far/report.html?region=us-east-1\n"
+    folder = tmp_path / "model"
+    export = burnish("export", "s3://bucket/runs/far?region=us-east-1", str(folder), machine=tmp_path / "d")
+    assert export.communicate(timeout=DEADLINE_SECONDS) == (f"{folder}\n", "")
+
+    # Records and weights are those of the quiet run on a disk: the last part was trained by one worker instead of two.
+    (tmp_path / "far").mkdir()
+    for name in ("ledger.jsonl", "contract.json", "data.json", "result.json", "report.html", "attempts.jsonl"):
+        with s3.open_input_stream(f"bucket/runs/far/{name}") as stream:
+            (tmp_path / "far" / name).write_bytes(stream.read())
+    found, wanted = (list(lines(each / "ledger.jsonl")) for each in (tmp_path / "far", near))
+    assert [{**line, "loss": 0} for line in found] == [{**line, "loss": 0} for line in wanted] and len(found) > 20
+    assert found[: at + 4] == wanted[: at + 4], "bit for bit with the same number of workers"
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
+    assert (tmp_path / "far" / "contract.json").read_bytes() == (near / "contract.json").read_bytes()
+    shelf_files = {info.path for info in s3.get_file_info(files.fs.FileSelector("bucket/runs/far", recursive=True))}
+    assert not [path for path in shelf_files if "/.part-" in path or path.endswith((".lease", "/STOP"))]
+    trained = load_file(folder / "adapter_model.safetensors")
+    export = burnish("export", str(near), str(tmp_path / "near-model"), machine=tmp_path / "d")
+    assert export.wait(DEADLINE_SECONDS) == 0
+    for name, tensor in load_file(tmp_path / "near-model" / "adapter_model.safetensors").items():
+        assert (trained[name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-7, name
