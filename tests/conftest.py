@@ -1,6 +1,7 @@
 """Small worlds that tests share: tokenizers, models and rows made here, and one Ray cluster of three nodes."""
 
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -178,6 +179,7 @@ def s3() -> Iterator[Any]:
     from burnish.data import files
 
     (port,) = free_ports(1)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request else
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
     before = dict(os.environ)
@@ -222,8 +224,6 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
 
     `add` adds a node for data with one CPU, and gives what takes it away.
     """
-    import logging
-
     import ray
     from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster

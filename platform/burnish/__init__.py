@@ -6,8 +6,8 @@ conversation = Conversation.parse(row)                           data/conversati
 samples      = render(conversation, template)                    data/template.py
 packs        = pack(samples, capacity)                           data/packing.py
 batches      = stream(...)                                       data/pipeline.py
-metrics      = train_step(engine, batch)                         train/loop.py
-               save(engine, progress)                            train/checkpoint.py
+metrics      = train_step(worker, batch, step)                   train/loop.py
+               writer.write(progress, metrics, files)            train/writer.py
                tracker.log(metrics, step)                        tracking.py
                export(run, folder)                               export.py
 """

@@ -100,6 +100,12 @@ class TemplateSpec(Spec):
     """Day that a template which reads the clock shows; null takes the day on which the run started."""
 
 
+def _refuse_credentials(name: str, path: str) -> None:
+    scheme, _, rest = path.partition("://")
+    if rest and ("@" in rest.partition("/")[0] or re.search("(?i)(secret|token|password|access_key)[^/]*=", rest)):
+        raise ValueError(f"{name}: holds credentials ({scheme}://...); give them in the environment, as AWS_ACCESS_KEY_ID")
+
+
 class SourceSpec(Spec):
     """One source of conversations."""
 
@@ -118,9 +124,7 @@ class SourceSpec(Spec):
     @model_validator(mode="after")
     def a_path_holds_no_secret(self) -> "SourceSpec":
         """Raises ValueError for credentials in a path, which would end in logs, MLflow and the run folder."""
-        scheme, _, rest = self.path.partition("://")
-        if rest and ("@" in rest.partition("/")[0] or re.search("(?i)(secret|token|password|access_key)[^/]*=", rest)):
-            raise ValueError(f"path: holds credentials ({scheme}://...); give them in the environment, as AWS_ACCESS_KEY_ID")
+        _refuse_credentials("path", self.path)
         return self
 
 
@@ -251,7 +255,16 @@ class CheckpointSpec(Spec):
     """Metric whose smallest value marks a checkpoint that is kept besides the newest; with eval/loss, every evaluation that
     is better than all before writes one."""
     storage: str = "runs"
-    """Folder, shared by all nodes, that holds a folder for each run."""
+    """Folder that all nodes share, or a place on s3://, gs:// or any fsspec file system that all nodes reach; it holds a
+    folder for each run. On an object store no disk need be shared."""
+
+    @model_validator(mode="after")
+    def storage_is_kept_and_holds_no_secret(self) -> "CheckpointSpec":
+        """Raises ValueError for credentials in the storage's path, and for a storage that ends with its process."""
+        _refuse_credentials("storage", self.storage)
+        if self.storage.startswith("memory://"):
+            raise ValueError(f"storage: {self.storage} is gone with its process; name a folder, or s3://bucket/runs")
+        return self
 
 
 class TrackingSpec(Spec):

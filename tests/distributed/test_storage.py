@@ -35,7 +35,7 @@ data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
 optim: {{learning_rate: 1e-2, warmup_steps: 2}}
 train: {{global_batch_size: 4, epochs: 6}}
 scale: {{num_workers: 2, use_gpu: false}}
-checkpoint: {{every_steps: 4, storage: {folder / "runs"}}}
+checkpoint: {{every_steps: 12, storage: {folder / "runs"}}}
 tracking: {{uri: null}}
 """
     )
@@ -96,7 +96,7 @@ def test_a_run_on_an_object_store_is_stopped_killed_and_ends_as_one_on_a_disk(s3
     assert report.communicate(timeout=DEADLINE_SECONDS)[0] == "s3://bucket/runs/far/report.html?region=us-east-1\n"
     folder = tmp_path / "model"
     export = burnish("export", "s3://bucket/runs/far?region=us-east-1", str(folder), machine=tmp_path / "d")
-    assert export.communicate(timeout=DEADLINE_SECONDS) == (f"{folder}\n", "")
+    assert export.communicate(timeout=DEADLINE_SECONDS)[0] == f"{folder}\n"
 
     # Records and weights are those of the quiet run on a disk: the last part was trained by one worker instead of two.
     (tmp_path / "far").mkdir()
@@ -105,11 +105,11 @@ def test_a_run_on_an_object_store_is_stopped_killed_and_ends_as_one_on_a_disk(s3
             (tmp_path / "far" / name).write_bytes(stream.read())
     found, wanted = (list(lines(each / "ledger.jsonl")) for each in (tmp_path / "far", near))
     assert [{**line, "loss": 0} for line in found] == [{**line, "loss": 0} for line in wanted] and len(found) > 20
-    assert found[: at + 4] == wanted[: at + 4], "bit for bit with the same number of workers"
+    assert found[:at] == wanted[:at], "bit for bit with the same number of workers"
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
     assert (tmp_path / "far" / "contract.json").read_bytes() == (near / "contract.json").read_bytes()
     shelf_files = {info.path for info in s3.get_file_info(files.fs.FileSelector("bucket/runs/far", recursive=True))}
-    assert not [path for path in shelf_files if "/.part-" in path or path.endswith((".lease", "/STOP"))]
+    assert not [path for path in shelf_files if "/.part-" in path or path.endswith(("/.claim", "/STOP"))]
     trained = load_file(folder / "adapter_model.safetensors")
     export = burnish("export", str(near), str(tmp_path / "near-model"), machine=tmp_path / "d")
     assert export.wait(DEADLINE_SECONDS) == 0

@@ -24,6 +24,7 @@ KINDS = {
 """How a file is read, by how its name ends."""
 UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
 """What libraries raise for a file that is missing, damaged or not allowed."""
+_OBJECT_STORES = ("s3", "gcs", "abfs")
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -110,6 +111,13 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, ImportError) as error:
         raise DataError(f"{path}: {error}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(system)), inner
+
+
+def create(system: fs.FileSystem, path: str) -> Any:
+    """A new file, open for writing; folders on the way are made where the file system has any."""
+    if system.type_name not in _OBJECT_STORES:
+        system.create_dir(path.rpartition("/")[0], recursive=True)
+    return system.open_output_stream(path, compression=None)
 
 
 def open_random(path: str) -> Any:

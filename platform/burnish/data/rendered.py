@@ -145,8 +145,7 @@ class Cache:
     def _write(path: str, data: bytes) -> None:
         if files.is_remote(path):  # an object appears when it is whole
             system, inner = files.filesystem(path)
-            system.create_dir(inner.rpartition("/")[0], recursive=True)
-            with system.open_output_stream(inner) as file:
+            with files.create(system, inner) as file:
                 file.write(data)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)

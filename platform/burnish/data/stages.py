@@ -1,5 +1,7 @@
-"""What the data tasks of a run are doing, so that a stall can say which stage is starved, and of what."""
+"""What the processes of a run say to its command: what data tasks are at, so that a stall can name them, and warnings."""
 
+import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from burnish.errors import InfrastructureError
+from burnish.redact import known_secrets, redact
 
 ASK_SECONDS = 30
 """How long a stalled worker waits for the record to say what is going on."""
@@ -20,9 +23,13 @@ _Item = TypeVar("_Item")
 
 
 class _Record:
-    """The tasks at work, and how many each stage has ended. A task that was killed begins again under its own name."""
+    """The tasks at work, and how many each stage has ended. A task that was killed begins again under its own name.
+
+    Besides, the warnings of workers, each once.
+    """
 
     def __init__(self) -> None:
+        self._told: list[str] = []
         self._working: dict[tuple[str, str], tuple[float, str]] = {}
         self._ended: Counter[str] = Counter()
 
@@ -32,6 +39,13 @@ class _Record:
     def end(self, stage: str, work: str) -> None:
         self._working.pop((stage, work), None)
         self._ended[stage] += 1
+
+    def tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.append(text)
+
+    def told(self, known: int) -> list[str]:
+        return self._told[known:]
 
     def say(self) -> str:
         """Who is at work for how long; without anybody, that data tasks wait for a place."""
@@ -60,12 +74,35 @@ class Stages:
         yield
         self._record.end.remote(stage, work)
 
+    def tell(self, text: str) -> None:
+        """Leaves a warning for whoever started the run; nobody waits for it."""
+        self._record.tell.remote(text)
+
+    def told(self, known: int, seconds: float) -> list[str]:
+        """Warnings that were left behind the `known` first ones; none where the answer takes longer than some seconds."""
+        try:
+            return list(ray.get(self._record.told.remote(known), timeout=seconds))
+        except ray.exceptions.RayError:
+            return []
+
     def say(self) -> str:
         """Which stage is at work on what."""
         try:
             return str(ray.get(self._record.say.remote(), timeout=ASK_SECONDS))
         except ray.exceptions.RayError as error:
             return f"the record of the data tasks does not answer ({type(error).__name__})"
+
+
+class Teller(logging.Handler):
+    """Sends a worker's warnings to the command that started the run, where a person reads them."""
+
+    def __init__(self, stages: Stages) -> None:
+        super().__init__(logging.WARNING)
+        self._stages = stages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leaves the message of a record, without secrets."""
+        self._stages.tell(redact(record.getMessage(), known_secrets(os.environ)))
 
 
 @dataclass(frozen=True)

@@ -61,18 +61,18 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
         workers = width(run.prepared.recipe, run.cuda)
         goodput.begin(folder, step, workers)
         run.home.settle()
-        why = "failed"
+        why, stages = "failed", Stages()
         try:
             with _stop_on_signal(folder) as asked, run.home.courier("metrics.jsonl"):
                 try:
-                    _watched(partial(_fit, run, start, workers), run, watch)
+                    _watched(partial(_fit, run, start, workers, stages), run, watch, stages)
                 finally:
                     if (folder / STOP_FILE).exists():
                         asked.set()
             why = "stopped" if asked.is_set() else "finished"
         except TrainingFailedError as error:
             failures += 1
-            run.home.look()
+            run.home.catch_up()
             reason = decide(error, run.prepared.recipe) or _given_up(error, run, step, workers, failures)
             if reason is not None:
                 raise reason from error
@@ -133,13 +133,12 @@ def _work(config: dict[str, Any]) -> None:
     train_loop(config)
 
 
-def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int) -> None:
+def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int, stages: Stages) -> None:
     """One attempt: the stream from the checkpoint's cursor on, and the workers."""
     prepared, recipe = run.prepared, run.prepared.recipe
     progress = start.progress if start else Progress()
     windows = order.train_slices(recipe, prepared.train, progress.cursor)
     rendering, rounds = prepared.rendering(), prepared.rounds()
-    stages = Stages()
     metric = recipe.checkpoint.best
     leader = checkpoint.best(run.home.shelf(), metric) if metric else None
     attempt = Attempt(
@@ -186,10 +185,10 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int) -> None:
     trainer.fit()
 
 
-def _watched(work: Callable[[], None], run: Run, watch: Watch | None) -> None:
+def _watched(work: Callable[[], None], run: Run, watch: Watch | None, stages: Stages) -> None:
     """Runs the work in a thread, so that this one can show progress and take signals; raises what the work raises.
 
-    Where a node is about to be taken away, the workers are asked for a checkpoint.
+    Warnings of workers are repeated here. Where a node is about to be taken away, the workers are asked for a checkpoint.
     """
     future: Future[None] = Future()
 
@@ -204,9 +203,12 @@ def _watched(work: Callable[[], None], run: Run, watch: Watch | None) -> None:
 
     # A daemon, so that a second Ctrl-C ends the command whatever the work is waiting for.
     threading.Thread(target=begin, daemon=True).start()
-    known = draining()
+    known, heard = draining(), 0
     while True:
         finished = wait([future], timeout=0.5).done
+        for warning in stages.told(heard, 5.0 if finished else 0.2):
+            logger.warning("%s", warning)
+            heard += 1
         if watch is not None:
             watch(run.home.folder, {"max_steps": run.prepared.recipe.train.max_steps})
         if finished:

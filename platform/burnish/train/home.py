@@ -5,7 +5,6 @@ brings small files over; checkpoints go to the place directly (`Shelf`). In a sh
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -13,29 +12,25 @@ import socket
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pyarrow import fs
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from burnish.config import Recipe, below
 from burnish.data import files
-from burnish.errors import InfrastructureError, RecipeError, one_line
-from burnish.train.shelf import Shelf
+from burnish.errors import InfrastructureError
+from burnish.train.claim import CLAIM, claimed
+from burnish.train.shelf import Shelf, reaching
 
 COURIER_SECONDS = 2.0
 """Seconds between two looks at a place; at least ten times as long as the last one took."""
-LEASE_SECONDS = 60.0
-"""Seconds after which a command that has not renewed its claim on a place is taken for gone."""
 RETRY_SECONDS = 300.0
 """How long what must reach the place is tried again."""
-_LEASE = ".lease"
-_OWN = {".lock", _LEASE}
+_OWN = {".lock", CLAIM}
 """Files of a folder that concern no other process."""
 
 logger = logging.getLogger(__name__)
@@ -51,6 +46,7 @@ class Home:
     folder: Path
     place: str | None = None
     _synced: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _seen: dict[str, tuple[int, int]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
@@ -59,15 +55,16 @@ class Home:
         return cls.at(recipe.run_place())
 
     @classmethod
-    def at(cls, run: str, guest: str = "") -> "Home":
-        """The home of the run in a folder or at a place, for this process; `guest` tells apart several in one process."""
+    def at(cls, run: str) -> "Home":
+        """The home of the run in a folder or at a place, for this process."""
         if not files.is_remote(run):
             return cls(Path(run))
-        return cls(working_folder(run) / f"{os.getpid()}{guest}", run.rstrip("/"))
+        return cls(working_folder(run) / f"{socket.gethostname()}-{os.getpid()}", run.rstrip("/"))
 
     def arrive(self) -> "Home":
-        """This home with the place's records brought over; what an earlier process of this number left is gone."""
+        """This home with the place's records brought over; what processes left here that were killed is gone."""
         if self.place is not None:
+            _clean(self.folder.parent)
             shutil.rmtree(self.folder, ignore_errors=True)
             (self.folder / "checkpoints").mkdir(parents=True)
             self._synced.clear()
@@ -93,17 +90,20 @@ class Home:
         return Shelf(str(self.folder / "checkpoints") if self.place is None else below(self.place, "checkpoints"))
 
     def look(self, *names: str) -> None:
-        """Brings records over from the place, all of them or those named; what is gone there goes here too.
+        """Brings records over from the place, all of them or those named that changed; what is gone there goes here too.
 
         Raises InfrastructureError where the place cannot be reached.
         """
         if self.place is None:
             return
-        with self._lock, _reaching(self.place):
+        with self._lock, reaching(self.place):
             system, base = files.filesystem(self.place)
             found = system.get_file_info(fs.FileSelector(base, allow_not_found=True))
             there = {info.base_name: info for info in found if info.type == fs.FileType.File and info.base_name not in _OWN}
             for name in [name for name in there if not names or name in names]:
+                state = there[name].size, there[name].mtime_ns
+                if names and self._seen.get(name) == state:
+                    continue
                 try:
                     with system.open_input_stream(there[name].path, compression=None) as stream:
                         data = bytes(stream.read())
@@ -114,7 +114,7 @@ class Home:
                     unfinished = self.folder / f".{name}.partial"
                     unfinished.write_bytes(data)
                     os.replace(unfinished, path)
-                self._synced[name] = _state(path)
+                self._synced[name], self._seen[name] = _state(path), state
             for name in [name for name in self._synced if name not in there and (not names or name in names)]:
                 (self.folder / name).unlink(missing_ok=True)
                 del self._synced[name]
@@ -126,15 +126,13 @@ class Home:
         """
         if self.place is None:
             return
-        with self._lock, _reaching(self.place):
+        with self._lock, reaching(self.place):
             system, base = files.filesystem(self.place)
             here = {path.name: _state(path) for path in self.folder.iterdir() if _is_record(path)}
             changed = [name for name, state in here.items() if self._synced.get(name) != state]
-            if changed:
-                system.create_dir(base, recursive=True)
             for name in changed:
                 data = (self.folder / name).read_bytes()
-                with system.open_output_stream(f"{base}/{name}", compression=None) as stream:
+                with files.create(system, f"{base}/{name}") as stream:
                     stream.write(data)
                 self._synced[name] = here[name]
             for name in [name for name in self._synced if name not in here]:
@@ -144,6 +142,13 @@ class Home:
 
     def settle(self) -> None:
         """`keep`, tried again for minutes where the place fails for a while."""
+        self._patiently(self.keep)
+
+    def catch_up(self) -> None:
+        """`look` at all records, tried again for minutes where the place fails for a while."""
+        self._patiently(self.look)
+
+    def _patiently(self, work: Callable[[], None]) -> None:
         for attempt in Retrying(
             retry=retry_if_exception_type(InfrastructureError),
             wait=wait_exponential(multiplier=0.5, max=30),
@@ -151,7 +156,7 @@ class Home:
             reraise=True,
         ):
             with attempt:
-                self.keep()
+                work()
 
     @contextmanager
     def courier(self, *wanted: str) -> Iterator[None]:
@@ -170,7 +175,8 @@ class Home:
                 begun = time.monotonic()
                 try:
                     self.keep()
-                    self.look(*wanted)
+                    if wanted:
+                        self.look(*wanted)
                 except InfrastructureError as error:
                     logger.warning("%s; trying again", error)
                 pause = max(COURIER_SECONDS, 10 * (time.monotonic() - begun))
@@ -188,81 +194,20 @@ class Home:
 
     @contextmanager
     def claimed(self) -> Iterator["Home"]:
-        """This home for the command that trains; while the block runs, no other one trains at the same place.
+        """This home, arrived at, for the command that trains; while the block runs, no other one trains at the same place.
 
-        An object store has no lock that ends with its holder, so the command renews a claim. One that nobody renewed for
-        `LEASE_SECONDS` counts for nothing, and a command that finds one waits as long. Raises RecipeError where another
-        command renews it. In a shared folder the command takes a lock of the file system instead.
+        Raises RecipeError where another one does. In a shared folder the command takes a lock of the file system instead.
         """
         if self.place is None:
             yield self
             return
-        ours = {"host": socket.gethostname(), "process": os.getpid()}
-        self._await_claim()
-        ended = threading.Event()
-        self._claim(ours)
-        self.arrive()
-
-        def renew() -> None:
-            while not ended.wait(LEASE_SECONDS / 6):
-                with suppress(InfrastructureError):
-                    self._claim(ours)
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            with self.courier():
-                yield self
-        finally:
-            ended.set()
-            thread.join()
-            with suppress(OSError):
-                system, base = files.filesystem(self.place)
-                system.delete_file(f"{base}/{_LEASE}")
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _claim(self, ours: dict[str, Any]) -> None:
-        assert self.place is not None
-        with _reaching(self.place):
-            system, base = files.filesystem(self.place)
-            system.create_dir(base, recursive=True)
-            with system.open_output_stream(f"{base}/{_LEASE}", compression=None) as stream:
-                stream.write(json.dumps({**ours, "renewed": uuid.uuid4().hex}).encode())
-
-    def _await_claim(self) -> None:
-        """Returns when nobody has renewed a claim for `LEASE_SECONDS`; clocks of two machines are never compared."""
-        first = self._claimed_by()
-        if first is None or _is_over(first):
-            return
-        who = f"process {first['process']} on {first['host']}"
-        logger.warning("%s was training at %s; waiting until it is surely gone", who, self.place)
-        deadline = time.monotonic() + LEASE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(1.0)
-            now = self._claimed_by()
-            if now is None:
-                return
-            if now != first:
-                raise RecipeError(f"name: {who} trains the run at {self.place}; wait for it or stop it")
-
-    def _claimed_by(self) -> dict[str, Any] | None:
-        assert self.place is not None
-        with _reaching(self.place):
-            system, base = files.filesystem(self.place)
+        with claimed(self.place):
             try:
-                with system.open_input_stream(f"{base}/{_LEASE}", compression=None) as stream:
-                    return dict(json.loads(stream.read()))
-            except FileNotFoundError:
-                return None
-
-
-def _is_over(claim: dict[str, Any]) -> bool:
-    """Whether a claim is that of a process of this machine that has ended, so that nobody has to wait."""
-    return (
-        claim["host"] == socket.gethostname()
-        and not Path("/proc", str(claim["process"])).exists()
-        and Path("/proc").exists()
-    )
+                self.arrive()
+                with self.courier():
+                    yield self
+            finally:
+                self.leave()
 
 
 def working_folder(place: str) -> Path:
@@ -274,16 +219,15 @@ def working_folder(place: str) -> Path:
     return mine / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _reaching(place: str) -> Iterator[None]:
-    """Raises InfrastructureError in place of what a file system raises."""
-    try:
-        yield
-    except files.UNREADABLE as error:
-        raise InfrastructureError(
-            f"checkpoint.storage: {place} cannot be reached: {one_line(error)}; check the name and the credentials in every "
-            "node's environment (as AWS_ACCESS_KEY_ID)"
-        ) from error
+def _clean(machine: Path) -> None:
+    """Removes what processes of this machine left in its folder of a place that were killed."""
+    mine, day_ago = f"{socket.gethostname()}-", time.time() - 86_400
+    for left in machine.iterdir() if machine.exists() else ():
+        process = left.name.removeprefix(mine)
+        over = process.isdigit() and Path("/proc").exists() and not Path("/proc", process).exists()
+        with suppress(OSError):
+            if over or (left.name[0] == "." and left.stat().st_mtime < day_ago):
+                shutil.rmtree(left)
 
 
 def _is_record(path: Path) -> bool:

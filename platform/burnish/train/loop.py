@@ -1,6 +1,7 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
+from burnish.data.stages import Teller
 from burnish.errors import DataError, TrainingError
 from burnish.tracking import Tracker
 from burnish.train import checkpoint, self_test
@@ -52,6 +54,7 @@ class Worker:
 def train_loop(config: dict[str, Any]) -> None:
     """Trains one worker's share of the recipe, from a checkpoint or from the start, to its end or to a stop."""
     attempt: Attempt = config["attempt"]
+    logging.getLogger("burnish").addHandler(Teller(attempt.patience.stages))
     home = Home.at(attempt.run).arrive()
     with home.courier(STOP_FILE, SAVE_FILE) if dist.get_rank() == 0 else nullcontext():
         _train(attempt, home)

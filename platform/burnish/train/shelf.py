@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from burnish.config import below
 from burnish.data import files
-from burnish.errors import InfrastructureError
+from burnish.errors import DataError, InfrastructureError, RecipeError, one_line
 from burnish.train.ledger import replace_text
 
 MANIFEST = "manifest.json"
@@ -132,15 +132,13 @@ class Shelf:
             replace_text(Path(self.place, name, file), data.decode())
             return
         system, path = self._at(name, file)
-        system.create_dir(path.rpartition("/")[0], recursive=True)
-        with system.open_output_stream(path, compression=None) as stream:
+        with files.create(system, path) as stream:
             stream.write(data)
 
     def upload(self, folder: Path, name: str, file: str) -> None:
         """Copies a file of a folder into a checkpoint on a remote file system."""
         system, path = self._at(name, file)
-        system.create_dir(path.rpartition("/")[0], recursive=True)
-        with open(folder / file, "rb") as source, system.open_output_stream(path, compression=None) as stream:
+        with open(folder / file, "rb") as source, files.create(system, path) as stream:
             shutil.copyfileobj(source, stream, _BLOCK)
 
     @contextmanager
@@ -197,3 +195,18 @@ class Shelf:
 
     def _inner(self, name: str) -> str:
         return f"{files.filesystem(self.place)[1].rstrip('/')}/{name}"
+
+
+@contextmanager
+def reaching(place: str) -> Iterator[None]:
+    """Raises InfrastructureError in place of what a file system raises, RecipeError where nobody here knows it."""
+    try:
+        files.filesystem(place)
+        yield
+    except DataError as error:
+        raise RecipeError(f"checkpoint.storage: {error}") from None
+    except files.UNREADABLE as error:
+        raise InfrastructureError(
+            f"checkpoint.storage: {place} cannot be reached: {one_line(error)}; check the name and the credentials in every "
+            "node's environment (as AWS_ACCESS_KEY_ID)"
+        ) from error

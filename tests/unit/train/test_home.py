@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from burnish.data import files
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError, RecipeError
+from burnish.train import claim
 from burnish.train import home as homes
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
@@ -70,7 +71,13 @@ def test_an_earlier_process_leaves_nothing_that_would_be_kept(home):
     first = home()
     (first.folder / "ledger.jsonl").write_text("of a run that was deleted\n")
     first.arrive()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = first.folder.parent / f"{socket.gethostname()}-{ended.pid}" / "checkpoints"
+    left.mkdir(parents=True)
+    first.arrive()
     assert [path.name for path in first.folder.iterdir()] == ["checkpoints"]
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
 
 
 def test_a_courier_brings_news_both_ways_and_an_outage_costs_only_news(home, monkeypatch, caplog):
@@ -189,6 +196,11 @@ def test_a_server_out_of_reach_is_no_missing_checkpoint(home, monkeypatch):
     assert newest(shelf).progress.step == 2
 
 
+def put(system, path, data: bytes) -> None:
+    with system.open_output_stream(path, compression=None) as file:
+        file.write(data)
+
+
 class _Broken:
     """A file system that lists and reads nothing but manifests, as where the network goes down in between."""
 
@@ -205,7 +217,7 @@ class _Broken:
 
 
 def test_one_command_trains_at_a_place(home, place, monkeypatch):
-    monkeypatch.setattr(homes, "LEASE_SECONDS", 6.0)
+    monkeypatch.setattr(claim, "LEASE_SECONDS", 6.0)
     with home().claimed() as first:
         (first.folder / "recipe.yaml").write_text("name: x")
         with pytest.raises(RecipeError, match=rf"process {os.getpid()} on .* trains the run"), home().claimed():
@@ -216,14 +228,15 @@ def test_one_command_trains_at_a_place(home, place, monkeypatch):
 
 
 def test_a_command_that_died_holds_nobody_up_for_long(home, monkeypatch, caplog):
-    monkeypatch.setattr(homes, "LEASE_SECONDS", 3.0)
+    monkeypatch.setattr(claim, "LEASE_SECONDS", 3.0)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    visitor = home()
-    visitor._claim({"host": socket.gethostname(), "process": ended.pid})
+    left = {"host": socket.gethostname(), "process": ended.pid}
+    system, base = files.filesystem(home().place)
+    put(system, f"{base}/{claim.CLAIM}", json.dumps(left).encode())
     with home().claimed():
         assert "surely gone" not in caplog.text
-    visitor._claim({"host": "another-machine", "process": 1})
+    put(system, f"{base}/{claim.CLAIM}", json.dumps({"host": "another-machine", "process": 1}).encode())
     with home().claimed():
         assert "process 1 on another-machine was training" in caplog.text
 
@@ -235,3 +248,22 @@ def test_a_place_that_cannot_be_reached_is_said_so(s3):
         InfrastructureError, match=r"checkpoint.storage: s3://bucket/runs/x.* cannot be reached: .*credentials"
     ):
         Home.at(gone).arrive()
+    with pytest.raises(RecipeError, match=r"checkpoint.storage: nosuch://bucket/runs/x: .*nosuch"):
+        Home.at("nosuch://bucket/runs/x").arrive()
+
+
+def test_storage_that_would_lose_the_run_or_tell_a_secret_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match=r"storage: memory://runs is gone with its process"):
+        make_recipe(checkpoint={"storage": "memory://runs"})
+    for storage in ("s3://key:hush@bucket/runs", "s3://bucket/runs?secret_key=hush"):
+        with pytest.raises(RecipeError, match=r"storage: holds credentials") as error:
+            make_recipe(checkpoint={"storage": storage})
+        assert "hush" not in str(error.value)
+
+
+def test_paths_below_a_place_keep_its_options(make_recipe):
+    recipe = make_recipe(checkpoint={"storage": "s3://bucket/runs?region=us-east-1"})
+    assert recipe.run_place() == "s3://bucket/runs/small?region=us-east-1"
+    assert recipe.cache_folder() == "s3://bucket/runs/.cache?region=us-east-1"
+    assert recipe.located().checkpoint.storage == recipe.checkpoint.storage
+    assert make_recipe(checkpoint={"storage": "file:///shared/runs"}).run_place() == "/shared/runs/small"
