@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import pickle
 import time
@@ -17,11 +18,11 @@ from datasets import Dataset
 from burnish.data import order, pipeline, sources
 from burnish.data.order import Cursor
 from burnish.data.slices import windows
-from burnish.data.stages import Patience, Stages
+from burnish.data.stages import Patience, Stages, Teller
 from burnish.data.tokenizer import load_template
 from burnish.errors import InfrastructureError
 from burnish.sections import SourceSpec
-from burnish.train.loop import batches
+from burnish.train.batches import batches
 from burnish.train.prepare import prepare
 from burnish.train.split import OrderedSplit
 from tests.conftest import conversation, write_rows
@@ -266,3 +267,20 @@ def test_a_data_task_needs_no_torch(cluster, make_recipe):
     shared = ray.put(pickle.dumps(prepared.rendering()))
     samples, heavy = ray.get(ray.remote(Process).remote().render.remote([shared], prepared.train.slices[0]))
     assert samples and not heavy, "torch takes two seconds and 300 MB in each of a node's data processes"
+
+
+def test_warnings_of_workers_reach_their_command_once_and_without_secrets(cluster):
+    class Worker:
+        def __init__(self, stages):
+            logging.getLogger("burnish").addHandler(Teller(stages))
+            os.environ["STORE_SECRET"] = "open-sesame"
+
+        def work(self):
+            logging.getLogger("burnish.train.writer").info("nobody needs to know")
+            logging.getLogger("burnish.train.writer").warning("the disk at %s is gone", "open-sesame@store")
+
+    stages = Stages()
+    workers = [ray.remote(Worker).remote(stages) for _ in range(2)]
+    ray.get([worker.work.remote() for worker in workers])
+    assert stages.told(0, 30) == ["the disk at ***@store is gone"]
+    assert stages.told(1, 30) == []
