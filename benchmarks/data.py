@@ -37,7 +37,7 @@ from burnish.data import order, pipeline
 from burnish.data.packing import pack
 from burnish.data.stages import Patience, Stages
 from burnish.train.cluster import connected
-from burnish.train.loop import batches
+from burnish.train.batches import batches
 from burnish.train.prepare import Prepared, prepare
 from burnish.train.split import OrderedSplit
 

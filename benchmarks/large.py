@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 
 from burnish.data import order, pipeline
 from burnish.data.stages import Patience, Stages
-from burnish.train.loop import batches
+from burnish.train.batches import batches
 from burnish.train.prepare import Prepared, prepare
 from burnish.train.split import OrderedSplit
 

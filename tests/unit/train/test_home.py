@@ -141,6 +141,10 @@ def test_workers_that_share_no_disk_write_one_checkpoint_and_others_read_it(home
         assert float(load_file(folder / "weights.safetensors")["a"][0]) == 8.0
         assert float(load_file(folder / "optimizer/00001-of-00002.safetensors")["a:master"][0]) == 8.0
     assert not (tmp_path / "scratch").exists()
+    shelf.write(found.name, "weights.safetensors", b"other weights")  # since it was verified
+    with pytest.raises(InfrastructureError, match=r"weights.safetensors is not what its manifest says"):
+        shelf.fetched(found.name, tmp_path / "scratch").__enter__()
+    write(workers, 8, {"eval/loss": 2.0})
     assert all(list((each.folder / "checkpoints").iterdir()) == [] for each in workers), "nothing stays on the machines"
     assert best(shelf, "eval/loss") == ("step-00000004", 1.0)
     writers[0].measure(Progress(8), {"eval/loss": 0.5})
