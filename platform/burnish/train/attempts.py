@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,21 +83,14 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
             logger.warning("%s; starting again from the newest checkpoint", lost)
             continue
         finally:
-            _account(run.home, why)
+            run.home.catch_up()
+            goodput.end(folder, why)
+            run.home.settle()
         if asked.is_set():
             last = checkpoint.newest(run.home.shelf())
             step = last.progress.step if last else 0
             raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
         return
-
-
-def _account(home: Home, why: str) -> None:
-    """Notes how an attempt ended; where the place of a run is out of reach, an error that says so is on its way already."""
-    with suppress(InfrastructureError):
-        home.look()
-    goodput.end(home.folder, why)
-    with suppress(InfrastructureError):
-        home.keep()
 
 
 def _start(home: Home) -> checkpoint.Checkpoint | None:

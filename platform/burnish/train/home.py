@@ -100,7 +100,9 @@ class Home:
             system, base = files.filesystem(self.place)
             found = system.get_file_info(fs.FileSelector(base, allow_not_found=True))
             there = {info.base_name: info for info in found if info.type == fs.FileType.File and info.base_name not in _OWN}
-            for name in [name for name in there if not names or name in names]:
+            # Records that were removed here, and there only when they are kept the next time.
+            removed = {name for name in self._synced if not (self.folder / name).exists()}
+            for name in [name for name in there.keys() - removed if not names or name in names]:
                 state = there[name].size, there[name].mtime_ns
                 if names and self._seen.get(name) == state:
                     continue
