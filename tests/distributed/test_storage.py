@@ -34,8 +34,8 @@ name: far
 model: {{path: {folder / "model"}, dtype: float32}}
 lora: {{rank: 4, dropout: 0.1}}
 data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
-optim: {{learning_rate: 1e-2, warmup_steps: 2}}
-train: {{global_batch_size: 4, epochs: 4}}
+optim: {{learning_rate: 1e-3, warmup_steps: 2}}
+train: {{global_batch_size: 4, epochs: 12}}
 scale: {{num_workers: 2, use_gpu: false}}
 checkpoint: {{every_steps: 8, storage: {folder / "runs"}}}
 tracking: {{uri: null}}
@@ -52,18 +52,17 @@ def burnish(*arguments: str, machine: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def ledger_there(s3) -> int:
-    """Steps in the ledger of the run on the object store."""
-    try:
-        with s3.open_input_stream("bucket/runs/far/ledger.jsonl") as stream:
-            return stream.read().count(b"\n")
-    except FileNotFoundError:
-        return 0
+def checkpointed(s3) -> int:
+    """The step of the newest checkpoint that stands on the object store."""
+    found = s3.get_file_info(files.fs.FileSelector("bucket/runs/far/checkpoints", recursive=True, allow_not_found=True))
+    whole = [info.path.split("/")[-2] for info in found if info.base_name == "manifest.json"]
+    return max((int(name.removeprefix("step-")) for name in whole), default=0)
 
 
-def wait_for_step(s3, step: int, process: subprocess.Popen) -> None:
+def wait_for_checkpoint(s3, after: int, process: subprocess.Popen) -> None:
+    """Returns once a checkpoint of a later step stands; several others follow, each of which takes requests."""
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while ledger_there(s3) < step:
+    while checkpointed(s3) <= after:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -76,13 +75,13 @@ def test_a_run_on_an_object_store_is_stopped_killed_and_ends_as_one_on_a_disk(s3
     near = recipe.parent / "runs" / "near"
 
     stopped = burnish("train", str(recipe), place, machine=tmp_path / "a")
-    wait_for_step(s3, 5, stopped)
+    wait_for_checkpoint(s3, 0, stopped)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(DEADLINE_SECONDS) == 75, stopped.stderr.read()
     assert not list((tmp_path / "a").glob("burnish-*/*/*")), "nothing stays on a machine"
-    at = ledger_there(s3)
+    at = checkpointed(s3)
     killed = burnish("train", str(recipe), place, machine=tmp_path / "b")
-    wait_for_step(s3, at + 5, killed)
+    wait_for_checkpoint(s3, at, killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait(DEADLINE_SECONDS)
     ended = burnish("train", str(recipe), place, "scale.num_workers=1", machine=tmp_path / "c")
