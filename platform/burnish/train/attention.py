@@ -6,6 +6,9 @@ are missing, so there is no silent path.
 """
 
 import importlib.util
+import inspect
+import logging
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -23,49 +26,75 @@ VARLEN = "burnish_packed_varlen"
 """Name of the kernel that runs torch's own variable-length function; bfloat16 or float16 on CUDA."""
 
 
-def register(choice: str, cuda: bool, half: bool = True, head_dim: int = 64, dropout: float = 0.0) -> str:
+logger = logging.getLogger(__name__)
+
+
+def register(
+    choice: str, cuda: bool, half: bool = True, heads: Collection[tuple[int, int]] = ((64, 64),), dropout: float = 0.0
+) -> str:
     """Registers the kernels and gives the name of the one to load a model with, for `model.attention`.
 
-    auto takes the first of flash-attn, torch's own variable-length kernel and sdpa that can run. `half` says whether the
-    weights have 16 bits, `dropout` is that of the attention. Raises RecipeError where a kernel is asked for that cannot run.
+    auto takes the first of flash-attn, torch's own variable-length kernel and sdpa that can run, and logs why an earlier one
+    cannot where a GPU is used. `half` says whether the weights have 16 bits, `heads` are the widths of queries and values in
+    each kind of layer, `dropout` is that of the attention. Raises RecipeError where a kernel is asked for that cannot run.
     """
     kernels = {"flash": (FLASH, packed_flash), "varlen": (VARLEN, packed_varlen), "sdpa": (SDPA, packed_sdpa)}
     for name, kernel in kernels.values():
         AttentionInterface.register(name, kernel)
     missing = {
-        "flash": _missing_for_flash(cuda, half, head_dim),
-        "varlen": _missing_for_varlen(cuda, half, head_dim, dropout),
+        "flash": _missing_for_flash(cuda, half, heads),
+        "varlen": _missing_for_varlen(cuda, half, heads, dropout),
         "sdpa": None,
     }
     if choice == "auto":
         choice = next(each for each, why in missing.items() if why is None)
+        if cuda and choice == "sdpa":
+            reasons = " and ".join(f"{each} cannot run because {why}" for each, why in missing.items() if why)
+            logger.warning("model.attention: auto takes sdpa, which is slower: %s", reasons)
     if missing[choice] is not None:
         raise RecipeError(f"model.attention: {choice} cannot run because {missing[choice]}; write auto")
     return kernels[choice][0]
 
 
-def _missing_for_flash(cuda: bool, half: bool, head_dim: int) -> str | None:
+def _missing_for_flash(cuda: bool, half: bool, heads: Collection[tuple[int, int]]) -> str | None:
     """Why flash-attn cannot run, or None."""
     if importlib.util.find_spec("flash_attn") is None and cuda and half:
         return "flash-attn is not installed (pip install 'burnish[gpu]')"
-    return _unfit(cuda, half, head_dim)
+    return _unfit(cuda, half, heads)
 
 
-def _missing_for_varlen(cuda: bool, half: bool, head_dim: int, dropout: float) -> str | None:
+def _missing_for_varlen(cuda: bool, half: bool, heads: Collection[tuple[int, int]], dropout: float) -> str | None:
     """Why torch's variable-length kernel cannot run, or None."""
     if dropout:
         return f"it knows no dropout, and this model's attention has {dropout:g}"
     if cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    return _unfit(cuda, half, head_dim)
+    if odd := sorted({width for pair in heads for width in pair if width % 8}):
+        return f"heads are {odd[0]} wide, which is no multiple of 8"
+    return _unfit(cuda, half, heads) or _torch_lacks()
 
 
-def _unfit(cuda: bool, half: bool, head_dim: int) -> str | None:
+def _unfit(cuda: bool, half: bool, heads: Collection[tuple[int, int]]) -> str | None:
+    """Why neither of the two can run, or None."""
     if not cuda:
         return "no GPU is used"
     if not half:
         return "model.dtype is float32"
-    return f"heads of {head_dim} are wider than 256" if head_dim > 256 else None
+    for query, value in sorted(heads):
+        if query != value:
+            return f"queries are {query} wide and values {value}"
+    widest = max(query for query, _ in heads)
+    return f"heads of {widest} are wider than 256" if widest > 256 else None
+
+
+def _torch_lacks() -> str | None:
+    """Why the installed torch has no variable-length kernel that takes what is passed to it, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    lacking = {"scale", "window_size", "enable_gqa"} - inspect.signature(varlen_attn).parameters.keys()
+    return f"that of torch {torch.__version__} does not take {', '.join(sorted(lacking))}" if lacking else None
 
 
 def packed_sdpa(

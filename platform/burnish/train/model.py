@@ -34,7 +34,7 @@ def check_model(recipe: Recipe) -> None:
             raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
         _check_files(path)
         _check_targets(recipe, path)
-    config = _configuration(recipe).get_text_config()
+    config = _text_configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
         raise RecipeError(
@@ -126,28 +126,69 @@ def model_digest(recipe: Recipe) -> str | None:
 
 
 def pack_cost(recipe: Recipe) -> Cost:
-    """The time of a pack for this model, in floating-point operations of the forward and backward pass.
+    """The time of a pack for this model, in floating-point operations of the forward and backward pass."""
+    return cost(_text_configuration(recipe), adapters=recipe.lora is not None)
 
-    A token costs 6 operations for each matrix weight, 4 where the weights themselves are not trained, since their gradients
-    are not computed; attention costs 2 * layers * width for each pair of tokens, three times over (PaLM, arXiv 2204.02311,
-    appendix B; half of the pairs, since attention is causal).
+
+def cost(config: Any, adapters: bool) -> Cost:
+    """The time of a pack for a model with this text configuration.
+
+    A token costs 6 operations for each matrix weight, 4 where only `adapters` are trained, since the gradients of the
+    weights are not computed; attention costs 2 * layers * width for each pair of tokens, three times over (PaLM, arXiv
+    2204.02311, appendix B; half of the pairs, since attention is causal).
     """
-    config = _configuration(recipe).get_text_config()
-    width, layers = int(getattr(config, "hidden_size", 1024)), int(getattr(config, "num_hidden_layers", 24))
-    heads = int(getattr(config, "num_attention_heads", 0) or 16)
-    head_dim = int(getattr(config, "head_dim", None) or width // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
-    inner = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * width)
-    matrices = layers * width * (2 * heads * head_dim + 2 * kv_heads * head_dim + 3 * experts * inner)
-    matrices += width * int(getattr(config, "vocab_size", 0))
+    layers = list(enumerate(_layers(config)))
+    matrices = sum(_matrices(layer, index) for index, layer in layers)
+    matrices += _number(layers[0][1], 0, "hidden_size", 1024) * _number(layers[0][1], 0, "vocab_size", 0)
     kinds = list(getattr(config, "layer_types", None) or [])
     return Cost(
-        per_token=float((4 if recipe.lora else 6) * matrices),
-        per_pair=float(3 * 2 * layers * heads * head_dim),
+        per_token=float((4 if adapters else 6) * matrices),
+        per_pair=float(3 * sum(_number(each, i, "num_attention_heads", 16) * sum(_widths(each, i)) for i, each in layers)),
         sliding=kinds.count("sliding_attention") / len(kinds) if kinds else 0.0,
-        window=int(getattr(config, "sliding_window", None) or 1),
+        window=max(_number(each, i, "sliding_window", 1) for i, each in layers),
     )
+
+
+def _matrices(layer: Any, index: int) -> int:
+    """Matrix weights that a token meets in a layer."""
+    width, heads = _number(layer, index, "hidden_size", 1024), _number(layer, index, "num_attention_heads", 16)
+    kv_heads = _number(layer, index, "num_key_value_heads", heads)
+    experts = _number(layer, index, "num_experts_per_tok", 1)
+    inner = _number(layer, index, "moe_intermediate_size", _number(layer, index, "intermediate_size", 4 * width))
+    query, value = _widths(layer, index)
+    rank, kv_rank = _number(layer, index, "q_lora_rank", 0), _number(layer, index, "kv_lora_rank", 0)
+    to_query = rank * (width + heads * query) if rank else width * heads * query
+    to_kv = kv_rank * (width + heads * (query + value)) if kv_rank else width * kv_heads * (query + value)
+    return to_query + to_kv + width * (heads * value + 3 * experts * inner)
+
+
+def head_widths(config: Any) -> frozenset[tuple[int, int]]:
+    """Widths of the attention heads of all layers: of queries and keys, and of values.
+
+    Layers of Gemma 4 differ, and so do queries and values in multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+    """
+    return frozenset(_widths(layer, index) for index, layer in enumerate(_layers(config)))
+
+
+def _widths(layer: Any, index: int) -> tuple[int, int]:
+    plain = _number(layer, index, "hidden_size", 1024) // _number(layer, index, "num_attention_heads", 16)
+    query = _number(layer, index, "head_dim", plain)
+    if getattr(layer, "qk_nope_head_dim", None) is not None:  # latent attention: there head_dim is the part that is rotated
+        query = _number(layer, index, "qk_nope_head_dim", 0) + _number(layer, index, "qk_rope_head_dim", 0)
+    return query, _number(layer, index, "v_head_dim", query)
+
+
+def _layers(config: Any) -> list[Any]:
+    """The configuration of each layer; that of the whole model raises when it is asked for what differs by layer."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * _number(config, 0, "num_hidden_layers", 24)
+
+
+def _number(layer: Any, index: int, name: str, default: int) -> int:
+    """A number of a layer, or the default; some configurations list one for each layer."""
+    value = getattr(layer, name, None)
+    return int((value[index % len(value)] if isinstance(value, list) else value) or default)
 
 
 def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
@@ -162,13 +203,13 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
 
     config = _configuration(recipe)
     _check_class(recipe, config)
-    text = config.get_text_config()
+    text = _text_configuration(recipe)
     kernel = attention.register(
         recipe.model.attention,
         cuda,
         half=recipe.model.dtype != "float32",
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
-        dropout=float(getattr(text, "attention_dropout", 0.0) or 0.0),
+        heads=head_widths(text),
+        dropout=max(float(getattr(layer, "attention_dropout", 0.0) or 0.0) for layer in _layers(text)),
     )
     model = load_weights(recipe, attn_implementation=kernel)
     model.config.use_cache = False
@@ -247,3 +288,11 @@ def _configuration(recipe: Recipe) -> Any:
         return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
+
+
+def _text_configuration(recipe: Recipe) -> Any:
+    config = _configuration(recipe)
+    try:
+        return config.get_text_config()
+    except ValueError:
+        raise RecipeError(f"model.path: {recipe.model.path} has several text models; name a model with one") from None

@@ -1,11 +1,12 @@
-"""Packed equals separate, on four architectures, in logits and in gradients; and the ways in which it would not."""
+"""Packed equals separate, on five architectures, in logits and in gradients; and the ways in which it would not."""
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from burnish.errors import RecipeError
 from burnish.train.attention import FLASH, SDPA, VARLEN, packed_flash, packed_sdpa, packed_varlen, register
@@ -13,13 +14,26 @@ from burnish.train.objective import packed_inputs
 from tests.conftest import tiny_config
 
 LENGTHS = np.array([23, 41, 17], np.int32)
-ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma"]
+ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma", "deepseek"]
+FAST = VARLEN if importlib.util.find_spec("flash_attn") is None else FLASH
+"""The kernel that a GPU gets here."""
+
+
+def config(architecture: str):
+    if architecture != "deepseek":
+        return tiny_config(architecture, 64)
+    return DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=16,
+        kv_lora_rank=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=2, pad_token_id=0, initializer_range=0.1,
+    )  # fmt: skip
 
 
 def model(architecture: str, kernel: str = SDPA):
     register("auto", cuda=False)
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(tiny_config(architecture, 64), attn_implementation=kernel, dtype=torch.float32)
+    made = AutoModelForCausalLM.from_config(config(architecture), attn_implementation=kernel, dtype=torch.float32)
     return made.train()
 
 
@@ -114,13 +128,51 @@ def test_a_kernel_that_cannot_run_is_refused_by_name(choice):
         register(choice, cuda=True, half=False)
     with pytest.raises(RecipeError, match=r"knows no dropout, and this model's attention has 0\.1"):
         register("varlen", cuda=True, dropout=0.1)
+    with pytest.raises(RecipeError, match=r"varlen cannot run because heads are 100 wide, which is no multiple of 8"):
+        register("varlen", cuda=True, heads={(100, 100)})
+
+
+@pytest.mark.parametrize(
+    ("heads", "why"),
+    [
+        ({(192, 128)}, "queries are 192 wide and values 128"),  # DeepSeek-V3
+        ({(256, 256), (512, 512)}, "heads of 512 are wider than 256"),  # Gemma 4
+        ({(64, 64), (64, 128)}, "queries are 64 wide and values 128"),
+    ],
+)
+def test_heads_that_the_fast_kernels_cannot_take_get_sdpa_and_the_reason_is_said(heads, why, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as where flash-attn is installed
+    assert register("auto", cuda=True, heads=heads) == SDPA
+    assert (
+        f"auto takes sdpa, which is slower: flash cannot run because {why} and varlen cannot run because {why}"
+        in caplog.text
+    )
+    for choice in ("flash", "varlen"):
+        with pytest.raises(RecipeError, match=f"model.attention: {choice} cannot run because {why}; write auto"):
+            register(choice, cuda=True, heads=heads)
+
+
+def test_nothing_is_said_where_a_fast_kernel_is_taken_or_none_is_expected(caplog):
+    assert (register("auto", cuda=True), register("auto", cuda=False)) == (FAST, SDPA) and not caplog.records
+
+
+def test_a_torch_whose_kernel_takes_other_arguments_is_not_given_ours(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, *, scale=None: None)
+    with pytest.raises(
+        RecipeError, match=r"varlen cannot run because that of torch .* does not take enable_gqa, window_size"
+    ):
+        register("varlen", cuda=True)
+    assert register("auto", cuda=True) != VARLEN
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(RecipeError, match=r"varlen cannot run because torch .* has no torch.nn.attention.varlen"):
+        register("varlen", cuda=True)
 
 
 def test_auto_takes_the_fastest_kernel_that_can_run():
-    installed = importlib.util.find_spec("flash_attn") is not None
-    assert register("auto", cuda=True) == (FLASH if installed else VARLEN)
-    assert register("auto", cuda=True, head_dim=512) == register("auto", cuda=True, half=False) == SDPA
-    assert register("auto", cuda=True, dropout=0.1) == (FLASH if installed else SDPA)
+    assert register("auto", cuda=True) == FAST
+    assert register("auto", cuda=True, heads={(512, 512)}) == register("auto", cuda=True, half=False) == SDPA
+    assert register("auto", cuda=True, dropout=0.1) == (FLASH if FAST == FLASH else SDPA)
+    assert register("auto", cuda=True, heads={(100, 100)}) == (FLASH if FAST == FLASH else SDPA)
     assert register("auto", cuda=False) == SDPA and register("sdpa", cuda=True) == SDPA
 
 
@@ -137,6 +189,25 @@ def reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, win
     key, value = (each.repeat_interleave(group, 1) for each in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("value_width", [5, 8, 11])
+def test_sdpa_is_right_where_values_have_another_width_than_queries(window, kv_heads, value_width):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, int(LENGTHS.sum()), width, generator=generator)
+        for heads, width in ((4, 8), (kv_heads, 8), (kv_heads, value_width))
+    )
+    inputs = packed_inputs(LENGTHS, torch.device("cpu"))
+    found, _ = packed_sdpa(torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, **inputs)
+    borders, longest = inputs["cu_seq_lens_q"], int(LENGTHS.max())
+    plain = reference(
+        *(each[0].transpose(0, 1).contiguous() for each in (q, k, v)), borders, borders, longest, longest,
+        scale=0.3, window_size=(-1 if window is None else window - 1, 0), enable_gqa=kv_heads < 4,
+    )  # fmt: skip
+    assert found.shape == (1, int(LENGTHS.sum()), 4, value_width) and (found[0] - plain).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("window", [None, 1, 12])

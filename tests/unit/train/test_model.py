@@ -5,18 +5,22 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from burnish.chat import Chat
 from burnish.config import parse
+from burnish.data.balance import Cost
 from burnish.data.contract import Contract
 from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, RecipeError
 from burnish.preview import rows
-from burnish.train.model import build_model, check_model, load_weights
+from burnish.train.attention import SDPA
+from burnish.train.model import build_model, check_model, cost, head_widths, load_weights, pack_cost, shapes
 from burnish.verify import verify
 from tests.conftest import ROOT
 from tests.unit.test_config import SMALL
@@ -182,3 +186,100 @@ def test_sinks_are_found_in_the_weights_whatever_the_model_is_called(make_recipe
     )
     with pytest.raises(RecipeError, match="attention sinks"):
         check_model(make_recipe(model={"path": str(folder)}))
+
+
+def text_configurations():
+    """The text configuration of every class that transformers loads as a causal language model, as it is by default."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+
+    for kind in AutoModelForCausalLM._model_mapping:
+        with suppress(
+            ValueError, StrictDataclassError
+        ):  # two have several text models, and one cannot be made without arguments
+            yield kind.__name__, kind().get_text_config()
+
+
+def test_heads_and_cost_are_known_for_every_text_configuration_of_transformers():
+    found = {}
+    for name, config in text_configurations():
+        found[name] = head_widths(config)
+        assert found[name] and all(width > 0 for pair in found[name] for width in pair), name
+        assert cost(config, False).per_token > cost(config, True).per_token > 0 < cost(config, True).per_pair, name
+    assert len(found) > 180
+    known = {
+        "LlamaConfig": {(128, 128)},
+        "GPT2Config": {(64, 64)},  # hidden_size / num_attention_heads
+        "Gemma4Config": {(256, 256), (512, 512)},  # differs by layer
+        "Dots3NoteConfig": {(192, 128), (256, 128)},  # both
+        "MiMoV2FlashConfig": {(192, 128)},  # head_dim and v_head_dim
+    }
+    latent = ("DeepseekV2Config", "DeepseekV3Config", "LongcatFlashConfig", "YoutuConfig", "KimiLinearConfig", "AXK1Config")
+    known |= {name: {(192, 128)} for name in latent} | {"Glm4MoeLiteConfig": {(256, 256)}, "MiniCPM3Config": {(96, 64)}}
+    assert {name: found[name] for name in known} == known
+
+
+def test_the_cost_of_a_pack_is_that_of_the_matrices_and_of_the_pairs(make_recipe, model_folder):
+    matrices = {name: shape for name, shape in shapes(model_folder).items() if len(shape) == 2 and "embed" not in name}
+    assert any("lm_head" in name for name in matrices)
+    weights = sum(rows * columns for rows, columns in matrices.values())
+    # 2 layers of 4 heads of 8: forward and backward pass, scores and values.
+    assert pack_cost(make_recipe()) == Cost(per_token=6.0 * weights, per_pair=3.0 * 2 * 2 * 4 * 8)
+    assert pack_cost(make_recipe(lora={"rank": 2, "alpha": 4})).per_token == 4.0 * weights
+
+
+def test_the_cost_of_a_token_is_that_of_the_active_weights_as_published():
+    import transformers
+
+    for name, published in {"LlamaConfig": 6.7e9, "DeepseekV3Config": 37e9, "MixtralConfig": 13e9}.items():
+        assert cost(getattr(transformers, name)(), False).per_token / 6 == pytest.approx(published, rel=0.1), name
+    # 128 heads in 61 layers; 8 heads in 25 layers with a window and 5 without.
+    assert cost(transformers.DeepseekV3Config(), True).per_pair == 3 * 61 * 128 * (192 + 128)
+    assert cost(transformers.Gemma4TextConfig(), True).per_pair == 3 * 2 * 8 * (25 * 256 + 5 * 512)
+
+
+SMALL_MODEL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+LATENT = {
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "why"),
+    [
+        ("DeepseekV3Config", {**LATENT, "num_key_value_heads": 4}, "queries are 24 wide and values 16"),
+        (
+            "Gemma4TextConfig",
+            {"num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 0},
+            "heads of 512 are wider than 256",
+        ),
+    ],
+)
+def test_a_model_whose_heads_no_fast_kernel_takes_is_built_with_sdpa(make_recipe, tmp_path, config, fields, why):
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**SMALL_MODEL, **fields), dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "model")
+    model = {"path": str(tmp_path / "model"), "dtype": "bfloat16"}
+    check_model(make_recipe(model=model))
+    assert pack_cost(make_recipe(model=model)).per_pair > 0
+    assert build_model(make_recipe(model=model), cuda=True).config._attn_implementation == SDPA
+    with pytest.raises(RecipeError, match=f"model.attention: varlen cannot run because {why}; write auto"):
+        build_model(make_recipe(model={**model, "attention": "varlen"}), cuda=True)
+
+
+def test_a_model_with_several_text_models_is_refused(make_recipe, model_folder, tmp_path):
+    from transformers import MusicgenConfig
+
+    shutil.copytree(model_folder, tmp_path / "model")
+    MusicgenConfig().save_pretrained(tmp_path / "model")
+    recipe = make_recipe(model={"path": str(tmp_path / "model")})
+    for use in (check_model, pack_cost):
+        with pytest.raises(RecipeError, match=r"model.path: .* has several text models"):
+            use(recipe)
