@@ -1,26 +1,35 @@
 """One step is one step: real DeepSpeed on gloo, for workers x accumulation x ZeRO stage, against one plain big batch."""
 
+import gc
 import json
 import os
+from collections import Counter
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from burnish.config import Recipe
-from burnish.data.packing import Pack, Sample
+from burnish.data.packing import IGNORE_INDEX, Pack, Sample
 from tests.conftest import free_ports, write_model
 
 pytestmark = pytest.mark.distributed
 
-STEPS, GLOBAL_BATCH_SIZE = 3, 4
+STEPS = 3
 
 
-def make_packs() -> list[list[Pack]]:
-    """Three steps of four packs with very uneven targets; the last step has an empty pack, as the end of a run has."""
+def make_packs(packed: bool = True) -> list[list[Pack]]:
+    """Three steps of four packs with very uneven targets; the last step has an empty pack, as the end of a run has.
+
+    Not packed, each sample is a pack of its own in the same step, and packs that train nothing fill the steps up to as many,
+    which four workers can share: one with tokens and no target, the others empty.
+    """
     rng = np.random.default_rng(0)
 
     def sample() -> Sample:
@@ -28,20 +37,33 @@ def make_packs() -> list[list[Pack]]:
         trained = np.arange(length) >= rng.integers(1, length)
         return Sample(rng.integers(0, 300, length).astype(np.int32), trained, (1,))
 
-    steps = [[Pack.of([sample() for _ in range(int(rng.integers(1, 4)))]) for _ in range(4)] for _ in range(STEPS)]
-    steps[-1][3] = Pack.of([])
-    return steps
+    steps = [[[sample() for _ in range(int(rng.integers(1, 4)))] for _ in range(4)] for _ in range(STEPS)]
+    steps[-1][3] = []
+    if packed:
+        return [[Pack.of(samples) for samples in step] for step in steps]
+    singles = [[Pack.of([sample]) for samples in step for sample in samples] for step in steps]
+    size = -(-max(len(step) + 1 for step in singles) // 4) * 4
+    untrained = Pack(np.arange(7, dtype=np.int32), np.full(7, IGNORE_INDEX, np.int32), np.array([7], np.int32))
+    return [[*step, untrained, *[Pack.of([])] * (size - 1 - len(step))] for step in singles]
 
 
-def plain(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
-    """Losses of each step, and the gradient of the first, of one process that never packs, shards or accumulates."""
+class Trained(NamedTuple):
+    """What training gave: losses, whole gradients and their norms, of each step."""
+
+    losses: list[float]
+    gradients: list[torch.Tensor]
+    norms: list[float]
+
+
+def plain(recipe: Recipe) -> Trained:
+    """One process that never packs, shards, accumulates or recomputes: each step is one big batch."""
     from burnish.train.model import build_model
 
     model = build_model(recipe, cuda=False)
     model.set_attn_implementation("eager")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    losses, first = [], None
+    found = Trained([], [], [])
     for packs in make_packs():
         total, count = torch.zeros(()), sum(pack.trained_tokens for pack in packs)
         for pack in packs:
@@ -52,30 +74,34 @@ def plain(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
                 total = total + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
         optimizer.zero_grad()
         (total / count).backward()
-        first = torch.cat([p.grad.flatten() for p in parameters]) if first is None else first
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
+        found.losses.append(total.item() / count)
+        found.gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)))
         optimizer.step()
-        losses.append(total.item() / count)
-    return losses, first
+    return found
 
 
 @ray.remote(num_cpus=1)
 class Worker:
     """One worker of a gang that meets at a port of its own."""
 
-    def run(
-        self, rank: int, world: int, port: int, recipes: list[Recipe]
-    ) -> list[tuple[list[float], torch.Tensor, list[float]]]:
+    def __init__(self, rank: int, world: int, port: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+        self.rank, self.world = rank, world
         torch.distributed.init_process_group("gloo")
-        return [self.train(recipe, rank, world) for recipe in recipes]
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
-    def go_on(self, rank: int, world: int, port: int, recipes: list[Recipe], folder: str, resumes: bool):
+        import burnish.train.engine  # noqa: F401
+
+        gc.freeze()  # DeepSpeed collects garbage at the start of each ZeRO-3 engine, half a second among all that was imported
+
+    def run(self, runs: list[tuple[Recipe, bool]]) -> list[Trained]:
+        return [self.train(recipe, packed) for recipe, packed in runs]
+
+    def go_on(self, recipes: list[Recipe], folder: str, resumes: bool):
         """Writes a checkpoint of each recipe after two steps, or reads it; the masters and moments after the third step."""
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
-        os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-        torch.distributed.init_process_group("gloo")
+        import deepspeed
         from safetensors import safe_open
         from safetensors.torch import load_file
 
@@ -89,57 +115,87 @@ class Worker:
             model = build_model(recipe, cuda=False)
             if resumes:
                 ds.load_weights(model, weights)
-            engine = ds.build_engine(recipe, model, world)
+            engine = ds.build_engine(recipe, model, self.world)
             if resumes:
                 ds.load_optimizer(engine, state)
             else:
-                self.steps(engine, make_packs()[:2], rank, world)
+                self.steps(engine, make_packs()[:2])
                 writer.write_files(Path(folder, str(number)), ds.snapshot(engine, {}))
                 torch.distributed.barrier()
-            self.steps(engine, make_packs()[2:], rank, world)
-            end = Path(folder, f"{number}-end-{world}-{resumes}", checkpoint.OPTIMIZER)
+            self.steps(engine, make_packs()[2:])
+            end = Path(folder, f"{number}-end-{self.world}-{resumes}", checkpoint.OPTIMIZER)
             writer.write_files(end.parent, ds.snapshot(engine, {}))
             torch.distributed.barrier()
+            trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+            with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=recipe.engine.zero_stage == 3):
+                written = load_file(end.parent / checkpoint.WEIGHTS)
+                assert set(written) == set(trained) and all(torch.equal(written[name], trained[name]) for name in trained)
             parts = [load_file(file) for file in sorted(end.iterdir())]
-            assert len(parts) == world
+            assert len(parts) == self.world
             ends.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             with safe_open(next(end.iterdir()), "pt") as part:
                 scale = json.loads(part.metadata()["loss_scale"])
             ends[-1]["loss scale"] = torch.tensor([float(value or 0) for value in scale.values()])
         return ends
 
-    def leak(self, rank: int, world: int, port: int, recipe: Recipe) -> str:
+    def state(self, recipes: list[Recipe]) -> list[dict[str, int]]:
+        """Bytes of each tensor that this worker writes of a checkpoint after a step, by recipe."""
+        from burnish.train import engine as ds
+        from burnish.train.model import build_model
+
+        def tensors(files) -> dict[str, torch.Tensor]:
+            return {name: tensor for tensors, _ in files.values() for name, tensor in tensors.items()}
+
+        found = []
+        for recipe in recipes:
+            engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
+            self.steps(engine, make_packs()[:1])
+            first = tensors(ds.snapshot(engine, {}))
+            found.append({name: tensor.nbytes for name, tensor in first.items()})
+            were, places = ({name: of(t) for name, t in first.items()} for of in (torch.clone, torch.Tensor.data_ptr))
+            self.steps(engine, make_packs()[1:])
+            second = tensors(ds.snapshot(engine, {}))
+            assert all(torch.equal(first[name], were[name]) for name in first), (
+                "a snapshot that is being written stays as it is"
+            )
+            assert not any(torch.equal(second[name], were[name]) for name in second if second[name].numel())
+            first.clear()
+            third = tensors(ds.snapshot(engine, {}))
+            assert all(torch.equal(third[name], second[name]) for name in third)
+            assert {name: tensor.data_ptr() for name, tensor in third.items()} == places, "memory is used again"
+        return found
+
+    def leak(self, recipe: Recipe) -> str:
         """The verdict on this worker where only the last one's borders are wrong."""
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
-        os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-        torch.distributed.init_process_group("gloo")
         from burnish.errors import TrainingError
         from burnish.train import engine as ds
         from burnish.train import objective, self_test
         from burnish.train.model import build_model
 
-        engine, right = ds.build_engine(recipe, build_model(recipe, cuda=False), world), objective.packed_inputs
-        if rank == world - 1:
+        engine, right = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world), objective.packed_inputs
+        if self.rank == self.world - 1:
             objective.packed_inputs = lambda seq_lens, device: right(np.array([seq_lens.sum()]), device)
         packs = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in make_packs()[0]]
         try:
             self_test.check(engine.module, packs, engine.device)
         except TrainingError as error:
             return str(error)
+        finally:
+            objective.packed_inputs = right
         return "passed"
 
-    def steps(self, engine, steps: list[list[Pack]], rank: int, world: int) -> None:
+    def steps(self, engine, steps: list[list[Pack]]) -> None:
         from burnish.train import engine as ds
         from burnish.train.objective import Objective
 
-        share, objective = GLOBAL_BATCH_SIZE // world, Objective(engine, engine.device)
+        objective = Objective(engine, engine.device)
         for packs in steps:
-            for pack in packs[rank * share : (rank + 1) * share]:
+            for pack in packs[self.rank :: self.world]:
                 loss = objective.loss_sum(pack.input_ids, pack.labels, pack.seq_lens)
-                ds.backward(engine, loss, sum(pack.trained_tokens for pack in packs), world)
+                ds.backward(engine, loss, sum(pack.trained_tokens for pack in packs), self.world)
                 ds.step(engine)
 
-    def train(self, recipe: Recipe, rank: int, world: int) -> tuple[list[float], torch.Tensor, list[float]]:
+    def train(self, recipe: Recipe, packed: bool) -> Trained:
         from deepspeed.utils import safe_get_full_grad
 
         from burnish.train import engine as ds
@@ -147,58 +203,101 @@ class Worker:
         from burnish.train.model import build_model
         from burnish.train.objective import Objective
 
-        engine = ds.build_engine(recipe, build_model(recipe, cuda=False), world)
+        engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
         objective = Objective(engine, engine.device)
         assert objective._head is not None
-        losses, norms, first = [], [], None
-        share = GLOBAL_BATCH_SIZE // world
-        own = make_packs()[0][rank * share : (rank + 1) * share]
-        # Changes nothing, so that all below holds with it as without.
-        self_test.check(engine.module, [(pack.input_ids, pack.labels, pack.seq_lens) for pack in own], engine.device)
-        for packs in make_packs():
+        steps, trained = make_packs(packed), [p for p in engine.module.parameters() if p.requires_grad]
+        if packed:  # Changes nothing, so that all below holds with it as without.
+            own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in steps[0][self.rank :: self.world]]
+            self_test.check(engine.module, own, engine.device)
+        found, ran, layers = Trained([], [], []), [], self_test._layers(engine.module)
+        for layer in layers:  # whose own hooks stand around the checkpoint
+            next(layer.children()).register_forward_pre_hook(lambda *_: ran.append(1))
+        for packs in steps:
             count, total = sum(pack.trained_tokens for pack in packs), torch.zeros(1, dtype=torch.float64)
-            for number, pack in enumerate(packs[rank * share : (rank + 1) * share]):
+            for number, pack in enumerate(packs[self.rank :: self.world]):
                 loss = objective.loss_sum(pack.input_ids, pack.labels, pack.seq_lens)
-                ds.backward(engine, loss, count, world)
-                if number == share - 1 and first is None:
-                    trained = [p for p in engine.module.parameters() if p.requires_grad]
-                    first = torch.cat([safe_get_full_grad(p).float().flatten().clone() for p in trained])
+                assert loss > 0 if pack.trained_tokens else loss == 0
+                ds.backward(engine, loss, count, self.world)
+                if number == len(packs) // self.world - 1:
+                    found.gradients.append(torch.cat([safe_get_full_grad(p).float().flatten().clone() for p in trained]))
                 norm = ds.step(engine)
                 total += loss.detach()
             torch.distributed.all_reduce(total)
-            losses.append(total.item() / count)
-            norms.append(norm)
-        return losses, first, norms
+            found.losses.append(total.item() / count)
+            found.norms.append(norm)
+        times = 2 if recipe.model.activation_checkpointing is True else 1
+        assert len(ran) == times * len(layers) * len(steps) * len(steps[0]) // self.world, (
+            "only where it is asked for, layers run again"
+        )
+        return found
 
 
-def test_losses_and_gradients_equal_one_big_batch(cluster, make_recipe):
-    kinds = [(None, stage) for stage in (0, 1, 2, 3)] + [({"rank": 4}, stage) for stage in (0, 3)]
-    expected = {bool(lora): plain(make_recipe(lora=lora)) for lora in (None, {"rank": 4})}
-    for world in (1, 2, 4):
-        recipes = [
-            make_recipe(lora=lora, scale={"num_workers": world}, engine={"zero_stage": stage}) for lora, stage in kinds
-        ]
-        (port,) = free_ports(1)
-        workers = [Worker.options(num_cpus=0.1).remote() for _ in range(world)]
-        results = ray.get([worker.run.remote(rank, world, port, recipes) for rank, worker in enumerate(workers)])
-        for worker in workers:
+@pytest.fixture(scope="module")
+def gang(cluster):
+    """Calls a method of 1, 2 or 4 workers that met; they load torch and DeepSpeed once for all tests."""
+    gangs: dict[int, list[Any]] = {}
+
+    def call(world: int, method: str, *arguments: Any) -> list[Any]:
+        if world not in gangs:
+            (port,) = free_ports(1)
+            gangs[world] = [Worker.options(num_cpus=0.1).remote(rank, world, port) for rank in range(world)]
+        results = [getattr(worker, method).remote(*arguments) for worker in gangs[world]]
+        waiting = results
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                ray.get(done)
+        except BaseException:
+            end(world)  # the others wait for the one that failed
+            raise
+        return ray.get(results)
+
+    def end(world: int) -> None:
+        for worker in gangs.pop(world):
             ray.kill(worker)
-        for (lora, stage), runs in zip(kinds, zip(*results, strict=True), strict=True):
-            right, gradient = expected[bool(lora)]
-            for losses, found, norms in runs:
-                where = f"{world} workers, accumulation {4 // world}, ZeRO-{stage}, lora {lora}"
-                assert np.allclose(losses, right, rtol=1e-5), (where, losses, right)
-                assert (found - gradient).norm() / gradient.norm() < 1e-5, where
-                assert abs(norms[0] - float(gradient.norm())) / norms[0] < 1e-4, where
-    assert len({losses[0] for losses, _ in expected.values()}) == 1, "fresh adapters change nothing"
-    assert expected[False][0][1] != expected[True][0][1]
+
+    yield call
+    for world in list(gangs):
+        end(world)
 
 
-def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(cluster, make_recipe, tmp_path):
+def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
+    lora = {"rank": 4}
+    kinds = [
+        *product((None,), (0, 1, 2, 3), (True, False), (False, True)),
+        *product((lora,), (0, 3), (True,), (False, True)),
+    ]
+    expected = {bool(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora)}
+    for world in (1, 2, 4):
+        runs = [
+            make_recipe(
+                model={"activation_checkpointing": recomputed},
+                lora=adapters,
+                train={"global_batch_size": len(make_packs(packed)[0])},
+                scale={"num_workers": world},
+                engine={"zero_stage": stage},
+            )
+            for adapters, stage, packed, recomputed in kinds
+        ]
+        results = gang(world, "run", [(recipe, kind[2]) for recipe, kind in zip(runs, kinds, strict=True)])
+        for (adapters, stage, packed, recomputed), workers in zip(kinds, zip(*results, strict=True), strict=True):
+            right = expected[bool(adapters)]
+            where = f"{world} workers, ZeRO-{stage}, {packed=}, {recomputed=}, lora {adapters}"
+            for found in workers:
+                assert np.allclose(found.losses, right.losses, rtol=1e-5, atol=0), (where, found.losses, right.losses)
+                assert np.allclose(found.norms, right.norms, rtol=1e-5, atol=0), (where, found.norms, right.norms)
+                for one, other in zip(found.gradients, right.gradients, strict=True):
+                    assert (one - other).norm() / other.norm() < 1e-5, where
+    assert len({trained.losses[0] for trained in expected.values()}) == 1, "fresh adapters change nothing"
+    assert expected[False].losses[1] != expected[True].losses[1]
+
+
+def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_recipe, tmp_path):
     # 50 dimensions at rank 1 do not divide over 4 workers, so that ZeRO-3 fills its last part up.
     model = write_model(tmp_path / "model", intermediate_size=50)
 
-    def gang(world: int, resumes: bool, kinds: list[tuple[int, str, bool]]) -> list[dict[str, torch.Tensor]]:
+    def ends(world: int, resumes: bool, kinds: list[tuple[int, str, bool]]) -> list[dict[str, torch.Tensor]]:
         recipes = [
             make_recipe(
                 model={"path": str(model), "dtype": dtype},
@@ -208,14 +307,7 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(cluster, mak
             )
             for stage, dtype, adapters in kinds
         ]
-        (port,) = free_ports(1)
-        workers = [Worker.options(num_cpus=0.1).remote() for _ in range(world)]
-        results = ray.get(
-            [worker.go_on.remote(rank, world, port, recipes, str(tmp_path), resumes) for rank, worker in enumerate(workers)]
-        )
-        for worker in workers:
-            ray.kill(worker)
-        return results[0]
+        return gang(world, "go_on", recipes, str(tmp_path), resumes)[0]
 
     kinds = [
         (0, "float32", False), (0, "bfloat16", True), (1, "float32", True), (2, "bfloat16", False), (3, "float32", True),
@@ -223,9 +315,9 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(cluster, mak
     ]  # fmt: skip
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():  # as DeepSpeed asks; its loss scale must go on too
         kinds += [(0, "float16", False), (1, "float16", True), (3, "float16", False)]
-    expected = gang(2, False, kinds)
+    expected = ends(2, False, kinds)
     for world in (1, 2, 4):
-        for kind, found, wanted in zip(kinds, gang(world, True, kinds), expected, strict=True):
+        for kind, found, wanted in zip(kinds, ends(world, True, kinds), expected, strict=True):
             assert set(found) == set(wanted) and len(found) > 20
             for name, tensor in wanted.items():
                 if world == 2:
@@ -235,13 +327,39 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(cluster, mak
                     assert (found[name] - tensor).norm() <= near * tensor.norm() + 1e-7, (world, kind, name)
 
 
-def test_a_leak_on_one_worker_ends_all_of_them(cluster, make_recipe):
+def test_the_state_of_adapters_is_small_and_the_same_on_any_number_of_workers(gang, make_recipe, tmp_path):
+    # Two layers of a width at which adapters of rank 16 have a tenth of their weights; as in small models, embeddings outweigh
+    # the layers, and the adapters are then a fortieth of all.
+    config = LlamaConfig(
+        vocab_size=16384, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+
+    def states(world: int, kinds: list[tuple[dict[str, int] | None, int]]) -> list[Counter[str]]:
+        recipes = [
+            make_recipe(
+                model={"path": str(tmp_path / "model")},
+                lora=adapters,
+                scale={"num_workers": world},
+                engine={"zero_stage": stage},
+            )
+            for adapters, stage in kinds
+        ]
+        return [sum(map(Counter, parts), Counter()) for parts in zip(*gang(world, "state", recipes), strict=True)]
+
+    lora = {"rank": 16}
+    whole, adapters = states(1, [(None, 3), (lora, 3)])
+    assert whole.total() == 16 * sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert all("lora_" in name for name in adapters) and len(adapters) == 4 * 2 * 7 * 2
+    assert adapters.total() <= whole.total() / 20
+    for world, stages in ((1, (0,)), (2, (0, 1, 2, 3)), (4, (1, 3))):
+        assert states(world, [(lora, stage) for stage in stages]) == [adapters] * len(stages)
+
+
+def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):
     recipe = make_recipe(scale={"num_workers": 2}, engine={"zero_stage": 3})
-    (port,) = free_ports(1)
-    workers = [Worker.options(num_cpus=0.1).remote() for _ in range(2)]
-    verdicts = ray.get([worker.leak.remote(rank, 2, port, recipe) for rank, worker in enumerate(workers)])
-    for worker in workers:
-        ray.kill(worker)
+    verdicts = gang(2, "leak", recipe)
     assert len(set(verdicts)) == 1 and "gradient of one sample reaches another; layer 0" in verdicts[0]
 
 

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, finalize
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,16 +22,7 @@ from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
@@ -124,13 +117,12 @@ def load_weights(model: torch.nn.Module, file: Path) -> None:
 
 def load_optimizer(engine: Engine, folder: Path) -> None:
     """Reads what any number of workers wrote. The model had its weights (`load_weights`) before DeepSpeed took it."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.no_grad():
         files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
         about = files[0].metadata()
         _begin_moments(engine, float(about["steps"]))
-        for name, parameter in _trained(engine):
-            for key in (_MASTER, *_MOMENTS):
-                _fill(engine, parameter, key, partial(_range, files, f"{name}:{key}"))
+        for name, start, part in _parts(engine):
+            part.copy_(_range(files, name, start, start + part.numel()))
         for name, value in json.loads(about["loss_scale"]).items():
             setattr(_scaler(engine), name, value)
 
@@ -140,26 +132,59 @@ _MASTER, _MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 def _gathered(engine: Engine) -> dict[str, torch.Tensor]:
     """Every trained weight on world rank 0, nothing on the others. A collective call."""
+    first = dist.get_rank() == 0
+    if engine.zero_optimization_stage() < 3:
+        return {name: _copied(engine, name, weight.detach()) for name, weight in _trained(engine)} if first else {}
     weights: dict[str, torch.Tensor] = {}
-    for name, parameter in _trained(engine):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            if dist.get_rank() == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    for name, weight in _trained(engine):
+        # DeepSpeed would gather it on every worker.
+        own = safe_get_local_fp32_param(weight).to(weight.dtype)
+        parts: torch.Tensor | None = None
+        if first:
+            shape = torch.Size([dist.get_world_size(), own.numel()])
+            parts = _room(engine, name, shape, own.dtype) if own.is_cpu else own.new_empty(shape)
+        dist.gather(own, None if parts is None else list(parts))
+        if parts is not None:
+            # The last parts are filled up where a weight does not divide evenly.
+            whole = parts.view(-1)[: weight.ds_numel].view(weight.ds_shape)  # type: ignore[attr-defined]
+            weights[name] = whole if whole.is_cpu else _copied(engine, name, whole)
     return weights
 
 
 def _optimizer_part(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """This worker's flat parts of masters and moments, and what all workers share. A collective call."""
+    """This worker's flat parts of masters and moments, and what all workers share."""
     if not _stepped(engine).state:
         _begin_moments(engine, 0.0)
-    parts = {
-        f"{name}:{key}": _part(engine, parameter, key).to("cpu", copy=True).contiguous()
-        for name, parameter in _trained(engine)
-        for key in (_MASTER, *_MOMENTS)
-    }
+    parts = {}
+    for name, _, part in _parts(engine):
+        if engine.zero_optimization_stage() == 0:  # all workers have the same
+            size = -(-part.numel() // dist.get_world_size())
+            part = part[size * dist.get_rank() : size * (dist.get_rank() + 1)]
+        parts[name] = _copied(engine, name, part)
     # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
     steps = next(float(state["step"]) for state in _stepped(engine).state.values())
     return parts, {"steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
+
+
+_blocks: WeakKeyDictionary[Engine, dict[str, list[NDArray[np.uint8]]]] = WeakKeyDictionary()
+"""Host memory of each engine's snapshots that nothing uses now, by tensor."""
+
+
+def _copied(engine: Engine, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in the host's memory."""
+    return _room(engine, name, tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _room(engine: Engine, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor in the host's memory, in that of an earlier snapshot of the same name if nothing uses it any more.
+
+    Memory that a process gets anew costs several times what copying into it costs (benchmarks/checkpoint.py).
+    """
+    unused = _blocks.setdefault(engine, {}).setdefault(name, [])
+    block = unused.pop() if unused else np.empty(shape.numel() * dtype.itemsize, np.uint8)
+    lent = block[:]
+    finalize(lent, unused.append, block).atexit = False  # it lives as long as a tensor that lies in it
+    return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage()).view(shape)
 
 
 def _trained(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
@@ -192,29 +217,35 @@ def _begin_moments(engine: Engine, steps: float) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _part(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    """This worker's range of the flat float32 master or moment of a weight. A collective call."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if engine.zero_optimization_stage() == 3:
-        own = safe_get_local_fp32_param(parameter) if key == _MASTER else safe_get_local_optimizer_state(parameter, key)
-        # The last parts are filled up where a weight does not divide evenly.
-        return own[: max(0, parameter.ds_numel - parameter.partition_numel() * rank)]  # type: ignore[attr-defined,no-any-return]
-    whole = _whole(engine, parameter, key).flatten()
-    size = -(-whole.numel() // world)
-    return whole[size * rank : size * (rank + 1)]
+def _parts(engine: Engine) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Of each float32 master and moment the name, where this worker's flat range begins, and the range, to be written to."""
+    stage, masters = engine.zero_optimization_stage(), _masters(engine) if engine.zero_optimization_stage() == 0 else {}
+    for name, weight in _trained(engine):
+        for key in (_MASTER, *_MOMENTS):
+            if stage == 0:
+                master = masters[weight]
+                start, part = 0, (master.detach() if key == _MASTER else _stepped(engine).state[master][key]).view(-1)
+            elif stage == 3:
+                start, part = _sharded(weight, key)
+            else:
+                start, part = _fragment(weight, key)
+            yield f"{name}:{key}", start, part
 
 
-def _whole(engine: Engine, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    """The master or moment of a weight, below ZeRO-3, on every worker. A collective call."""
-    whole: torch.Tensor
-    if engine.zero_optimization_stage() == 0:
-        master = _masters(engine)[parameter]
-        whole = master if key == _MASTER else _stepped(engine).state[master][key]
-    elif key == _MASTER:
-        whole = safe_get_full_fp32_param(parameter)
-    else:
-        whole = safe_get_full_optimizer_state(parameter, key)
-    return whole
+def _sharded(weight: Any, key: str) -> tuple[int, torch.Tensor]:
+    """Start and range under ZeRO-3, where workers share each weight."""
+    own = safe_get_local_fp32_param(weight) if key == _MASTER else safe_get_local_optimizer_state(weight, key)
+    start = weight.partition_numel() * dist.get_rank()
+    # The last parts are filled up where a weight does not divide evenly.
+    return start, own[: max(0, weight.ds_numel - start)]
+
+
+def _fragment(weight: Any, key: str) -> tuple[int, torch.Tensor]:
+    """Start and range under ZeRO-1 and 2, where workers share all weights laid end to end: none of most of them."""
+    mapping = weight._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == _MASTER else key).detach()
 
 
 def _range(files: list[Any], name: str, start: int, end: int) -> torch.Tensor:
@@ -227,26 +258,6 @@ def _range(files: list[Any], name: str, start: int, end: int) -> torch.Tensor:
             found.append(part[max(start - at, 0) : min(end - at, size)])
         at += size
     return torch.cat(found)
-
-
-def _fill(engine: Engine, parameter: torch.nn.Parameter, key: str, stored: Callable[[int, int], torch.Tensor]) -> None:
-    """Sets this worker's part of a master or moment from its flat range (start, end)."""
-    if engine.zero_optimization_stage() == 3:
-        size, rank = parameter.partition_numel(), dist.get_rank()  # type: ignore[attr-defined]
-        part = stored(size * rank, size * (rank + 1))
-        part = torch.nn.functional.pad(part, (0, size - part.numel())).to(engine.device)
-        if key == _MASTER:
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_local_optimizer_state(parameter, part, key)
-        return
-    whole = stored(0, parameter.numel()).view_as(parameter).to(engine.device)
-    if engine.zero_optimization_stage() == 0:
-        _whole(engine, parameter, key).data.copy_(whole)
-    elif key == _MASTER:
-        safe_set_full_fp32_param(parameter, whole)
-    else:
-        safe_set_full_optimizer_state(parameter, whole, key)
 
 
 def _scaler(engine: Engine) -> Any:
