@@ -3,7 +3,6 @@
 # A new machine needs Python 3.11, pip and make; the first target installs the rest into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-export RAY_AUTH_MODE ?= disabled
 
 .PHONY: demo test check docs clean
 

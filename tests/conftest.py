@@ -4,9 +4,12 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from burnish.config import Recipe, parse
+from burnish.train.ledger import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,6 +211,75 @@ def processes_below(pid: int, name: str) -> list[psutil.Process]:
     return found
 
 
+class Training:
+    """`burnish train` as a process on a cluster; what it says lies in a file, so that it never waits for a reader."""
+
+    deadline_seconds = 240
+    """Within which all that a test waits for happens, however slow the machine."""
+
+    def __init__(self, recipe: Path, name: str, address: str, *overrides: str) -> None:
+        self.recipe, self.address, self.folder = recipe, address, recipe.parent / "runs" / name
+        command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}", *overrides]
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        self._said = recipe.parent / f"{name}-{time.monotonic_ns()}.log"
+        with open(self._said, "w") as said:
+            self.process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+
+    def said(self) -> str:
+        """Everything that the command has printed so far."""
+        return self._said.read_text()
+
+    def wait(self) -> int:
+        """The exit code of the command."""
+        self.wait_until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+    def wait_until(self, done: Callable[[], object]) -> None:
+        """Returns once something is so; fails where the command ends before or the deadline passes."""
+        deadline = time.monotonic() + self.deadline_seconds
+        while not done():
+            assert self.process.poll() is None or done(), f"the command ended before: {self.said()}"
+            assert time.monotonic() < deadline, f"it was not so in {self.deadline_seconds} s: {self.said()}"
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns once the run has trained this many steps."""
+        self.wait_until(lambda: len(self.ledger()) >= step)
+
+    def ledger(self) -> list[Any]:
+        """The lines of the run's ledger."""
+        return list(lines(self.folder / "ledger.jsonl"))
+
+    def checkpoints(self) -> list[int]:
+        """The steps whose checkpoints stand."""
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
+
+    def verified(self) -> list[int]:
+        """The steps whose checkpoints hold what their manifests say."""
+        from burnish.train.checkpoint import verify
+        from burnish.train.shelf import Shelf
+
+        shelf = Shelf(str(self.folder / "checkpoints"))
+        return [found.progress.step for name in shelf.names() if (found := verify(shelf, name))]
+
+    def attempts(self) -> list[Any]:
+        """The starts of the run's attempts."""
+        return [line for line in lines(self.folder / "attempts.jsonl") if line["event"] == "start"]
+
+    def weights(self) -> dict[str, Any]:
+        """The weights of the newest checkpoint."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "checkpoints" / f"step-{self.checkpoints()[-1]:08d}" / "weights.safetensors")
+
+    def assert_same(self, quiet: "Training") -> None:
+        """The steps, losses and weights are those of a run that nobody touched, bit for bit."""
+        assert self.ledger() == quiet.ledger()
+        found, wanted = self.weights(), quiet.weights()
+        assert set(found) == set(wanted)
+        assert all(bool((found[name] == wanted[name]).all()) for name in wanted)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ray_folder() -> Iterator[None]:
     """A folder of this test run's own for every Ray that it starts; short, because Unix sockets lie in it."""
@@ -264,3 +337,60 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
         yield {"gcs": nodes.address, "dashboard": f"http://127.0.0.1:{dashboard}", "add": add}
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.fixture(scope="session")
+def quiet(cluster: dict[str, Any], model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A run of about 110 steps on two workers with ZeRO-3 that nobody touched; others of its recipe are compared with it."""
+    folder = tmp_path_factory.mktemp("quiet")
+    rows = write_rows(folder / "rows.jsonl", [conversation(i, 1 + i % 2) for i in range(48)])
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: quiet
+model: {{path: {model_folder}, dtype: float32}}
+lora: null
+data: {{train: [{{path: {rows}}}], max_length: 256, window_rows: 16}}
+optim: {{learning_rate: 1e-3, warmup_steps: 2}}
+train: {{global_batch_size: 4, epochs: 24}}
+scale: {{num_workers: 2, use_gpu: false}}
+checkpoint: {{every_steps: 10, storage: {folder / "runs"}}}
+tracking: {{uri: null}}
+"""
+    )
+    run = Training(recipe, "quiet", cluster["gcs"])
+    assert run.wait() == 0, run.said()
+    return run
+
+
+@contextmanager
+def nodes_by_role(*roles: str) -> Iterator[tuple[Any, list[Any], Callable[[str], Any], str]]:
+    """A Ray cluster of its own on this machine: a head that runs no tasks, and a node with one CPU for each role.
+
+    Gives the cluster, its nodes, what adds one more of a role, and the address of the dashboard.
+    """
+    from ray._private.utils import write_ray_address
+    from ray.cluster_utils import Cluster
+
+    store = 100 << 20  # Ray wants 75 MiB at least
+    dashboard, agent, metrics, client = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="bn-", ignore_cleanup_errors=True) as folder:
+        head = {
+            "num_cpus": 0, "object_store_memory": store, "temp_dir": folder, "include_dashboard": True,
+            "dashboard_port": dashboard, "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics,
+            "ray_client_server_port": client,
+        }  # fmt: skip
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+
+        def add(role: str) -> Any:
+            ports = free_ports(2)
+            return cluster.add_node(
+                num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=store,
+                dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
+            )  # fmt: skip
+
+        added = [add(role) for role in roles]
+        cluster.wait_for_nodes()
+        write_ray_address(cluster.address, folder)
+        yield cluster, added, add, f"http://127.0.0.1:{dashboard}"
+        cluster.shutdown()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,42 +11,18 @@ from typing import Any
 import pytest
 
 from burnish.train.ledger import lines
-from tests.conftest import conversation, free_ports, processes_below, write_model, write_rows
+from tests.conftest import conversation, nodes_by_role, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.distributed
 
 DEADLINE_SECONDS = 240
-STORE = 100 << 20
-"""Bytes of each node's object store; Ray wants 75 MiB at least."""
 
 
 @pytest.fixture
 def nodes(ray_folder: None):
     """Two data nodes and two training nodes behind a head that runs no tasks, apart from any other Ray of this process."""
-    from ray._private.utils import write_ray_address
-    from ray.cluster_utils import Cluster
-
-    dashboard, agent, metrics, client = free_ports(4)
-    with tempfile.TemporaryDirectory(prefix="bn-", ignore_cleanup_errors=True) as folder:
-        head = {
-            "num_cpus": 0, "object_store_memory": STORE, "temp_dir": folder, "include_dashboard": True,
-            "dashboard_port": dashboard, "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics,
-            "ray_client_server_port": client,
-        }  # fmt: skip
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-
-        def add(role: str):
-            ports = free_ports(2)
-            return cluster.add_node(
-                num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=STORE,
-                dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
-            )  # fmt: skip
-
-        added = [add(role) for role in ("data", "data", "train", "train")]
-        cluster.wait_for_nodes()
-        write_ray_address(cluster.address, folder)
-        yield cluster, added, add, f"http://127.0.0.1:{dashboard}"
-        cluster.shutdown()
+    with nodes_by_role("data", "data", "train", "train") as found:
+        yield found
 
 
 def recipe_of(folder: Path, rows: int, **more: str) -> Path:

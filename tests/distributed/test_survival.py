@@ -2,19 +2,16 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from burnish.train.ledger import lines
 from tests.conftest import conversation, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.distributed
@@ -127,9 +124,11 @@ def test_all_weights_go_on_with_other_numbers_of_workers_in_the_same_steps(world
     found, trained = outcome(recipe, "elastic")
     losses, found_losses = ([line["loss"] for line in lines] for lines in (ledger, found))
     assert [{**line, "loss": 0} for line in found] == [{**line, "loss": 0} for line in ledger]
-    assert found_losses == pytest.approx(losses, rel=1e-4)
+    # Sums of float32 in another order differ by about 1e-7 after 48 steps, resumed or not (losses and weights alike).
+    assert found_losses == pytest.approx(losses, rel=1e-5, abs=0)
+    assert set(trained) == set(weights)
     for name, tensor in weights.items():
-        assert (trained[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+        assert (trained[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_a_worker_that_hangs_is_named_and_started_again(world):
@@ -145,36 +144,3 @@ def test_a_worker_that_hangs_is_named_and_started_again(world):
     assert_same(recipe, "hangs", ledger, weights)
     metrics = json.loads(process.stdout.read().splitlines()[-1])["metrics"]
     assert metrics["run/restarts"] == 1 and metrics["run/lost_steps"] >= 0 and metrics["run/recover_seconds"] > 0
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3000)
-def test_twenty_random_kills_end_in_the_quiet_run(world):
-    recipe, name, more = world[0], "chaos", ("checkpoint.every_steps=1", "train.epochs=24")
-    quiet = start(recipe, "quiet", *more)
-    assert quiet.wait(DEADLINE_SECONDS) == 0, quiet.stderr.read()
-    ledger, weights = outcome(recipe, "quiet")
-    rng, kills = random.Random(7), Counter()
-    planned = ["RayTrainWorker"] * 8 + ["_round_task"] * 4 + ["_window_task"] * 4 + ["command"] * 4
-    rng.shuffle(planned)
-    attempts = recipe.parent / "runs" / name / "attempts.jsonl"
-    process = start(recipe, name, *more)
-    for kind in planned:
-        # A step is trained between two kills, since losing workers without any progress ends a run.
-        reached = len(list(lines(recipe.parent / "runs" / name / "ledger.jsonl")))
-        wait_for_step(recipe, name, reached + 1, process)
-        victims = [process] if kind == "command" else processes_below(process.pid, kind)
-        kind = kind if victims else "RayTrainWorker"  # no task of this kind is at work
-        begun = attempts.read_text().count('"start"')
-        rng.choice(victims or processes_below(process.pid, kind)).kill()
-        kills[kind] += 1
-        if kind == "command":
-            process.wait(DEADLINE_SECONDS)
-            process = start(recipe, name, *more)
-        while kind in ("command", "RayTrainWorker") and attempts.read_text().count('"start"') == begun:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-    assert process.wait(2 * DEADLINE_SECONDS) == 0, process.stderr.read()
-    print(dict(kills))
-    assert kills.total() == 20 and kills["RayTrainWorker"] >= 8 and kills["command"] == 4
-    assert_same(recipe, name, ledger, weights)

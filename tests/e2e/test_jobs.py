@@ -6,12 +6,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from burnish.cli import main
+from burnish.train.checkpoint import newest
+from burnish.train.ledger import lines
+from burnish.train.shelf import Shelf
 from tests.conftest import ROOT, conversation, free_ports, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -52,45 +56,77 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(clust
     assert all(each.info.status in ("FINISHED", "KILLED") for each in runs)
 
 
-def follow(client: JobSubmissionClient, job: str, seconds: float) -> JobStatus:
-    deadline = time.monotonic() + seconds
-    while not (status := client.get_job_status(job)).is_terminal():
-        assert time.monotonic() < deadline, client.get_job_logs(job)
-        time.sleep(0.5)
-    return status
+class Jobs:
+    """Jobs of jobs/*.py on a cluster, one after the other: the end of one would remove the working directory of another."""
+
+    def __init__(self, dashboard: str) -> None:
+        self.client = JobSubmissionClient(dashboard)
+        self._env = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
+        self._env |= {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "burnish")]}
+
+    def submit(self, verb: str, arguments: str) -> str:
+        """The id of a job that was submitted as docs say."""
+        return self.client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=self._env)
+
+    def wait_until(self, done: Callable[[], object], job: str) -> None:
+        """Returns once something is so."""
+        deadline = time.monotonic() + 240
+        while not done():
+            assert time.monotonic() < deadline, self.client.get_job_logs(job)
+            time.sleep(0.1)
+
+    def end_of(self, job: str) -> tuple[JobStatus, str, int | None]:
+        """How a job ended: its status, its log and the exit code of its driver."""
+        self.wait_until(lambda: self.client.get_job_status(job).is_terminal(), job)
+        info = self.client.get_job_info(job)
+        return info.status, self.client.get_job_logs(job), info.driver_exit_code
 
 
-def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(cluster, make_recipe, tmp_path):
-    client = JobSubmissionClient(cluster["dashboard"])
-    env = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
-    env |= {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "burnish")]}
+@pytest.fixture
+def jobs(cluster):
+    return Jobs(cluster["dashboard"])
+
+
+def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(jobs, make_recipe):
+    model = make_recipe().model.path
+    preview = jobs.submit("preview", f"jobs/recipes/quickstart.yaml --json --limit 1 model.path={model}")
+    status, logs, _ = jobs.end_of(preview)
+    assert status == JobStatus.SUCCEEDED, logs
+    assert json.loads(logs.splitlines()[-1])["row"].endswith("conversations.jsonl#0")
     recipe = ROOT / "runs" / ".job-test.yaml"  # below the working directory, and ignored by it: named absolutely
     recipe.parent.mkdir(exist_ok=True)
-    recipe.write_text(make_recipe(scale={"num_workers": 2}, train={"max_steps": 3}).to_yaml())
-
-    def submit(verb: str, arguments: str) -> tuple[JobStatus, str, int | None]:
-        # One after the other: the nodes of a simulated cluster share a folder, in which one job's end would remove the
-        # working directory of another.
-        job = client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=env)
-        status = follow(client, job, 240)
-        return status, client.get_job_logs(job), client.get_job_info(job).driver_exit_code
-
+    recipe.write_text(make_recipe().to_yaml())
     try:
-        model = make_recipe().model.path
-        status, logs, _ = submit("preview", f"jobs/recipes/quickstart.yaml --json --limit 1 model.path={model}")
-        assert status == JobStatus.SUCCEEDED, logs
-        assert json.loads(logs.splitlines()[-1])["row"].endswith("conversations.jsonl#0")
-        status, logs, code = submit("sweep", f"{recipe} name=Wrong")
-        assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
-        status, logs, _ = submit("train", str(recipe))
-        assert status == JobStatus.SUCCEEDED, logs
-        result = json.loads(logs.splitlines()[-1])
-        assert (result["status"], result["steps"]) == ("finished", 3)
-        status, logs, _ = submit("export", f"{tmp_path}/runs/small")
-        assert status == JobStatus.SUCCEEDED, logs
-        assert (tmp_path / "runs/small/export/model.safetensors").exists()
+        status, logs, code = jobs.end_of(jobs.submit("sweep", f"{recipe} name=Wrong"))
     finally:
         recipe.unlink()
+    assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
+
+
+def test_a_job_that_is_stopped_goes_on_as_the_same_job_and_is_exported(jobs, quiet):
+    arguments, run = f"{quiet.recipe} name=job", quiet.folder.with_name("job")
+    job = jobs.submit("train", arguments)
+    jobs.wait_until(lambda: len(list(lines(run / "ledger.jsonl"))) >= 5, job)
+    assert jobs.client.stop_job(job)
+    status, logs, code = jobs.end_of(job)
+    # Ray notes no exit code of a job that it was asked to stop.
+    assert (status, code) == (JobStatus.STOPPED, None), logs
+    ledger = list(lines(run / "ledger.jsonl"))
+    assert 5 <= len(ledger) < len(quiet.ledger()) and ledger == quiet.ledger()[: len(ledger)]
+    assert f"stopped after step {len(ledger)}, with a checkpoint; the same command goes on from there" in logs
+    assert newest(Shelf(str(run / "checkpoints"))).progress.step == len(ledger)
+
+    status, logs, code = jobs.end_of(jobs.submit("train", arguments))
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), logs
+    result = json.loads(logs.splitlines()[-1])
+    assert (result["status"], result["steps"]) == ("finished", len(quiet.ledger()))
+    starts = [line["from_step"] for line in lines(run / "attempts.jsonl") if line["event"] == "start"]
+    assert starts == [0, len(ledger)]
+    assert list(lines(run / "ledger.jsonl")) == quiet.ledger()
+
+    status, logs, _ = jobs.end_of(jobs.submit("export", str(run)))
+    assert status == JobStatus.SUCCEEDED, logs
+    assert (run / "export/model.safetensors").exists()
 
 
 def test_a_local_cluster_starts_where_no_ray_ever_ran_and_leaves_nothing_behind():

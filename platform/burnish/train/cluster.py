@@ -2,12 +2,17 @@
 
 import logging
 import os
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
 from burnish.config import Recipe
 from burnish.errors import BurnishError, InfrastructureError, RecipeError
@@ -16,7 +21,7 @@ DATA_CPUS = 2
 """Logical CPUs that an embedded Ray has beyond those of the training workers, for data tasks."""
 ROLE = "node-role"
 """Label of nodes: `data` for those that render and pack, `train` for those that train (k8s/, cluster/)."""
-
+LOOPBACK = "127.0.0.1"
 WIDTH_SECONDS = 300.0
 """How long a run waits for its fewest workers after nodes were lost."""
 KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
@@ -29,7 +34,8 @@ def connected(num_workers: int, dashboard: bool = False) -> Iterator[None]:
     """Ray, for as long as the block runs: the one already joined, the one of RAY_ADDRESS or of this job, or an own one.
 
     A sweep needs the `dashboard`: through it Ray frees the places of a trial that was ended early.
-    An own one has logical CPUs enough for the workers and for data tasks, whatever cores there are.
+    An own one has logical CPUs enough for the workers and for data tasks, whatever cores there are, listens on the loopback
+    address, and asks for a token of its own unless RAY_AUTH_MODE is set.
     Raises InfrastructureError where the cluster of RAY_ADDRESS cannot be reached. An error of burnish that was raised in a
     data task leaves the block as itself, without Ray's traceback around it.
     """
@@ -49,25 +55,80 @@ def _joined(num_workers: int, dashboard: bool) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    # Without this a local Ray turns token authentication on for every later cluster of this user.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    port = _free_port() if dashboard and not address else None
+    with _environment(own=not address, dashboard_port=port):
+        try:
+            if address:
+                ray.init(address=address, **options)
+            else:
+                options |= {"dashboard_host": LOOPBACK, "dashboard_port": port, "include_dashboard": dashboard}
+                with _loopback():
+                    ray.init(address="local", num_cpus=num_workers + DATA_CPUS, **options)
+        except Exception as error:  # Ray raises a bare one where a node does not start in time
+            where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "an embedded Ray"
+            raise InfrastructureError(f"{where} could not be joined: {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(own: bool, dashboard_port: int | None = None) -> Iterator[None]:
+    """What Ray needs in the environment for as long as the block runs; of Ray's, it is as before afterwards.
+
+    An `own` Ray asks for a token that only its processes know, unless RAY_AUTH_MODE is set. Left to itself, Ray writes one
+    into the home folder, where later clusters of this user find it.
+    """
+    before = {key: value for key, value in os.environ.items() if key.startswith("RAY_")}
+    if own and "RAY_AUTH_MODE" not in before:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if dashboard_port is not None:
+        # Ray Train asks the first dashboard that it finds whether a trial lives, and takes no from that of another Ray.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard_port}"
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault(*KEEP_IDLE)
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            ray.init(address="local", num_cpus=num_workers + DATA_CPUS, include_dashboard=dashboard, **options)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "an embedded Ray"
-        raise InfrastructureError(f"{where} could not be joined: {error}") from error
+        _read_environment()
+        yield
+    finally:
+        for key in [key for key in os.environ if key.startswith("RAY_")]:
+            del os.environ[key]
+        os.environ |= before
+        _read_environment()
+
+
+def _read_environment() -> None:
+    """Has this process's Ray read the environment again; it keeps what it read when it was imported or last connected."""
+    Config.initialize("")
+    # The token last: a thread of Ray that has not ended yet would ask for one while the mode says so, and abort without.
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind((LOOPBACK, 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that starts in the block listens on the loopback address alone, as it does by itself on macOS.
+
+    `ray.init(_node_ip_address="127.0.0.1")` is no way to it, since Ray takes the machine's own address for that.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def check_resources(recipe: Recipe) -> bool:

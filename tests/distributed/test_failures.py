@@ -1,0 +1,105 @@
+"""A storage that is gone for a while, a full disk and full memory, really so, under workers that train on three nodes."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Training, processes_below, write_model
+
+pytestmark = pytest.mark.distributed
+
+EVERY = 10
+"""Steps between checkpoints of the recipe."""
+
+
+def workers_of(run: Training) -> list[psutil.Process]:
+    """The processes of the run's two workers; those of a run before may take a moment to go."""
+    found: list[psutil.Process] = []
+
+    def both() -> bool:
+        found[:] = processes_below(os.getpid(), "RayTrainWorker")
+        return len(found) == 2
+
+    run.wait_until(both)
+    return found
+
+
+def unmount(folder: Path, away: Path) -> None:
+    """Takes a folder away while no checkpoint is being written, for whose end training would wait at the next one."""
+    folder.rename(away)
+    while list(away.glob(".step-*.partial")):
+        away.rename(folder)
+        time.sleep(0.05)
+        folder.rename(away)
+
+
+def test_a_storage_that_comes_back_costs_nothing_and_a_full_disk_ends_the_run_until_there_is_room(quiet):
+    run = Training(quiet.recipe, "storage", quiet.address)
+    folder, away = run.folder / "checkpoints", run.folder / "unmounted"
+    run.wait_until(run.checkpoints)
+    unmount(folder, away)
+    due = (len(run.ledger()) // EVERY + 1) * EVERY
+    run.wait_for_step(due + EVERY // 2)  # training goes on
+    assert not folder.exists()
+    away.rename(folder)
+    run.wait_until(lambda: [step for step in run.verified() if step >= due])
+    assert len(run.attempts()) == 1
+
+    # No file of a worker grows beyond what its part of a checkpoint needs, as on a disk that is full.
+    limit = next(quiet.folder.rglob("weights.safetensors")).stat().st_size // 2
+    for worker in workers_of(run):
+        worker.rlimit(psutil.RLIMIT_FSIZE, (limit, limit))
+    assert run.wait() == 4, run.said()
+    assert "a checkpoint could not be written yet, trying again" in run.said()
+    message = rf"the checkpoint of step (\d+) could not be written to {folder} \([\d,]+ MiB free\): .*\. Make room; "
+    found = re.search(message + "the same command goes on from the checkpoint before", run.said())
+    assert found, run.said()
+    standing = run.checkpoints()
+    assert due <= standing[-1] == int(found[1]) - EVERY
+    assert run.verified() == standing
+    assert not (run.folder / "failed.json").exists()
+
+    again = Training(quiet.recipe, "storage", quiet.address)
+    assert again.wait() == 0, again.said()
+    assert [start["from_step"] for start in again.attempts()] == [0, standing[-1]]
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    again.assert_same(quiet)
+
+
+def least_size(run: Training, worker: psutil.Process) -> int:
+    """The least of a worker's address space during a step; what it needs beyond that, it allocates in each step."""
+    step, sizes = len(run.ledger()), []
+
+    def measured() -> bool:
+        sizes.append(worker.memory_info().vms)
+        return len(run.ledger()) >= step + 2
+
+    run.wait_until(measured)
+    return min(sizes)
+
+
+def test_a_worker_without_memory_ends_the_run_with_advice_and_the_same_command_starts_nothing(quiet, tmp_path):
+    # A tensor of 256 tokens in this model has 40 MiB, more than malloc would ever keep of what was freed.
+    model = write_model(tmp_path / "wide", intermediate_size=40 << 10)
+    run = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}")
+    run.wait_for_step(1)
+    worker = workers_of(run)[0]
+    limit = least_size(run, worker) + (20 << 20)
+    worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+    assert run.wait() == 5, run.said()
+    found = re.search(r"out of memory in step \d+, \d+ tokens in a pack, float32, ZeRO-3: .*\. (Write .*)", run.said())
+    assert found, run.said()
+    keys = ("model.activation_checkpointing: true", "model.dtype: bfloat16", "data.max_length: 128", "lora: {rank: 16}")
+    assert found[1] == f"Write {', or '.join(keys)}, or take more workers"
+    assert json.loads((run.folder / "failed.json").read_text())["error"] == "TrainingError"
+
+    attempts, ledger = run.attempts(), run.ledger()
+    again = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}")
+    assert again.wait() == 5, again.said()
+    assert found[0] in again.said() and "nothing was started" in again.said()
+    assert len(attempts) == 1 and again.attempts() == attempts and again.ledger() == ledger
