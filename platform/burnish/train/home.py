@@ -100,9 +100,10 @@ class Home:
             system, base = files.filesystem(self.place)
             found = system.get_file_info(fs.FileSelector(base, allow_not_found=True))
             there = {info.base_name: info for info in found if info.type == fs.FileType.File and info.base_name not in _OWN}
-            # Records that were removed here, and there only when they are kept the next time.
-            removed = {name for name in self._synced if not (self.folder / name).exists()}
-            for name in [name for name in there.keys() - removed if not names or name in names]:
+            # What changed here, or was removed, is older there until it is kept the next time.
+            here = {path.name: _state(path) for path in self.folder.iterdir() if _is_record(path)}
+            newer = {name for name in self._synced | here if here.get(name) != self._synced.get(name)}
+            for name in [name for name in there.keys() - newer if not names or name in names]:
                 state = there[name].size, there[name].mtime_ns
                 if names and self._seen.get(name) == state:
                     continue

@@ -62,8 +62,10 @@ def test_records_that_change_are_brought_over_and_those_that_go_are_taken_away(h
     driver.look()
     assert (driver.folder / "ledger.jsonl").read_text() == "2\n"
     (driver.folder / "STOP").unlink()
+    (driver.folder / "contract.json").write_text('{"newer": 1}')
     driver.look()
     assert not (driver.folder / "STOP").exists(), "what was removed here does not come back"
+    assert (driver.folder / "contract.json").read_text() == '{"newer": 1}', "nor does what was there before a change"
     driver.keep()
     worker.look("STOP")
     assert not (worker.folder / "STOP").exists() and (worker.folder / "contract.json").exists()
