@@ -1,11 +1,11 @@
 """What a checkpoint costs, in bytes and in time away from training, against its peers in one run on this machine.
 
-    .venv/bin/python benchmarks/checkpoint.py [--rounds 7] [--folder .]
+    .venv/bin/python benchmarks/checkpoint.py [--rounds 7] [--setups 1-0 2-2 2-3] [--folder .]
 
 A Llama with random weights (hidden 512, 4 layers, a vocabulary of 32,000) is trained in float32 by burnish's engine on real
-DeepSpeed: one worker with ZeRO-0, then two on gloo with ZeRO-3; all weights, then adapters of rank 16 on all linear layers.
-Contenders write checkpoints in turn, after the disk has come to rest, and steps follow each. `burnish` is `engine.snapshot`
-and `Writer.write`, whose thread writes while steps go on; `burnish, waiting` also waits until the checkpoint stands;
+DeepSpeed: one worker with ZeRO-0, then two on gloo with ZeRO-2 and with ZeRO-3; all weights, then adapters of rank 16 on all
+linear layers. Contenders write checkpoints in turn, after the disk has come to rest, and steps follow each. `burnish` is
+`engine.snapshot` and `Writer.write`, whose thread writes while steps go on; `burnish, waiting` also waits until it stands;
 `DeepSpeed` is its own `save_checkpoint`; `Trainer` is what transformers' Trainer does with one worker, `save_pretrained` and
 `torch.save` of the optimizer's state. The time is that of the slowest worker. Steps beside a thread that writes are compared
 with those that follow `burnish, waiting`, when nothing is written.
@@ -51,10 +51,11 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+SETUPS = {"1-0": "One worker, ZeRO-0", "2-2": "Two workers, ZeRO-2", "2-3": "Two workers, ZeRO-3"}
 TRAINED: dict[str, dict[str, Any] | None] = {"all weights": None, "adapters": {"rank": 16}}
 
 
-def recipe_of(folder: Path, lora: dict[str, Any] | None, workers: int) -> Recipe:
+def recipe_of(folder: Path, lora: dict[str, Any] | None, workers: int, stage: int) -> Recipe:
     return parse(
         {
             "name": "bench",
@@ -62,7 +63,7 @@ def recipe_of(folder: Path, lora: dict[str, Any] | None, workers: int) -> Recipe
             "lora": lora,
             "data": {"train": [{"path": str(folder / "unused.jsonl")}], "max_length": TOKENS},
             "train": {"global_batch_size": workers},
-            "engine": {"zero_stage": 0 if workers == 1 else 3},
+            "engine": {"zero_stage": stage},
             "checkpoint": {"storage": str(folder)},
             "scale": {"num_workers": workers, "use_gpu": False},
             "tracking": {"uri": None},
@@ -144,19 +145,20 @@ def _largest(*values: float) -> list[float]:
     return found
 
 
-def work(rank: int, workers: int, folder: Path, rounds: int) -> None:
+def work(rank: int, setup: str, folder: Path, rounds: int) -> None:
     """Measures all contenders; world rank 0 writes what was found."""
+    workers, stage = map(int, setup.split("-"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(workers)}
     torch.set_num_threads(1)  # as Ray sets for a worker with one CPU
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{workers}", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{setup}", rank=rank, world_size=workers)
     found: dict[str, Any] = {}
     for trained, lora in TRAINED.items():
-        run = folder / f"{workers}-{trained}"
+        run = folder / f"{setup}-{trained}"
         if rank == 0:
             (run / "checkpoints").mkdir(parents=True)
             (run / "contract.json").write_text("{}")
         dist.barrier()
-        worker = Worker(recipe_of(folder, lora, workers), run)
+        worker = Worker(recipe_of(folder, lora, workers, stage), run)
         for name in worker.contenders:  # pages and caches warm
             worker.away(name)
             worker.steps()
@@ -176,13 +178,13 @@ def work(rank: int, workers: int, folder: Path, rounds: int) -> None:
         if rank == 0:
             shutil.rmtree(run)
     if rank == 0:
-        torch.save(found, folder / f"found-{workers}.pt")
+        torch.save(found, folder / f"found-{setup}.pt")
     dist.barrier()
 
 
-def show(workers: int, found: dict[str, Any]) -> None:
-    """Prints the tables of one number of workers."""
-    print(f"\n### {'One worker, ZeRO-0' if workers == 1 else 'Two workers, ZeRO-3'}")
+def show(setup: str, found: dict[str, Any]) -> None:
+    """Prints the tables of one set-up."""
+    print(f"\n### {SETUPS[setup]}")
     print("\n| bytes of a checkpoint | all weights | adapters | ratio |\n|---|---|---|---|")
     whole, adapters = (found[trained]["bytes"] for trained in TRAINED)
     for name, size in whole.items():
@@ -209,7 +211,7 @@ def _spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--setups", nargs="+", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--folder", type=Path, help="on a disk; the system's temporary folder where it is not given")
     options = parser.parse_args()
     print(
@@ -220,9 +222,9 @@ def main() -> None:
         folder = Path(name).resolve()
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder / "model")
-        for workers in options.workers:
-            torch.multiprocessing.spawn(work, (workers, folder, options.rounds), workers)
-            show(workers, torch.load(folder / f"found-{workers}.pt"))
+        for setup in options.setups:
+            torch.multiprocessing.spawn(work, (setup, folder, options.rounds), int(setup[0]))
+            show(setup, torch.load(folder / f"found-{setup}.pt"))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from burnish.errors import RecipeError
 
 SDPA = "burnish_packed_sdpa"
 """Name of the kernel that runs scaled-dot-product attention sample by sample, on any device."""
-FLASH = "burnish_packed_flash"
-"""Name of the kernel that runs flash-attn's variable-length function; bfloat16 or float16 on CUDA."""
+FLASH = "burnish_packed_fa2"
+"""Name of the kernel that runs flash-attn's variable-length function; bfloat16 or float16 on CUDA. transformers takes any
+name with "flash" in it for one of its own kernels."""
 VARLEN = "burnish_packed_varlen"
 """Name of the kernel that runs torch's own variable-length function; bfloat16 or float16 on CUDA."""
-
+_EVERY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What computes scaled-dot-product attention. Not cuDNN, which plans anew for each length, and samples have hundreds."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +96,7 @@ def _torch_lacks() -> str | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    lacking = {"scale", "window_size", "enable_gqa"} - inspect.signature(varlen_attn).parameters.keys()
+    lacking = {"scale", "window_size"} - inspect.signature(varlen_attn).parameters.keys()
     return f"that of torch {torch.__version__} does not take {', '.join(sorted(lacking))}" if lacking else None
 
 
@@ -115,18 +118,19 @@ def packed_sdpa(
     """
     borders = _borders(query, kwargs).tolist()
     outputs = []
-    for start, end in pairwise(borders):
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        mask = None
-        if sliding_window is not None and end - start > sliding_window:
-            distance = torch.arange(end - start, device=q.device)
-            distance = distance[:, None] - distance[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    with sdpa_kernel(_EVERY_LENGTH):
+        for start, end in pairwise(borders):
+            q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+            mask = None
+            if sliding_window is not None and end - start > sliding_window:
+                distance = torch.arange(end - start, device=q.device)
+                distance = distance[:, None] - distance[None, :]
+                mask = (distance >= 0) & (distance < sliding_window)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                )
             )
-        )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -175,10 +179,11 @@ def packed_varlen(
     longest = int(kwargs["max_length_q"])
     left = -1 if sliding_window is None else sliding_window - 1
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    output = varlen_attn(
-        q, k, v, borders, borders, longest, longest,
-        scale=scaling, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    # torch 2.11 shares keys among queries without being told.
+    told: dict[str, Any] = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        told["enable_gqa"] = q.shape[1] != k.shape[1]
+    output = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(left, 0), **told)
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0), None
 

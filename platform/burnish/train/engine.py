@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary, finalize
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from burnish.config import Recipe
 from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
+from burnish.train.memory import HostMemory
 
 # Chosen before DeepSpeed is imported: it settles on an accelerator at import.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +91,7 @@ def vocabulary(engine: Engine) -> int:
     return int(engine.module.config.get_text_config().vocab_size)
 
 
+@torch.no_grad()
 def snapshot(engine: Engine, metadata: dict[str, str]) -> Files:
     """This worker's files of a checkpoint, copied to the host's memory, so that training may go on. A collective call.
 
@@ -100,9 +99,14 @@ def snapshot(engine: Engine, metadata: dict[str, str]) -> Files:
     moments: flat ranges that are the whole tensor laid end to end in the order of the workers, so that any number of
     workers can read them, each no more than it keeps.
     """
-    weights = _gathered(engine)
+    memory = HostMemory(engine, engine.device)
+    weights = _gathered(engine, memory)
     part = f"{OPTIMIZER}/{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    return {part: _optimizer_part(engine), **({WEIGHTS: (weights, metadata)} if dist.get_rank() == 0 else {})}
+    files: Files = {part: _optimizer_part(engine, memory)}
+    if dist.get_rank() == 0:
+        files[WEIGHTS] = (weights, metadata)
+    memory.wait()
+    return files
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:
@@ -130,11 +134,11 @@ def load_optimizer(engine: Engine, folder: Path) -> None:
 _MASTER, _MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
-def _gathered(engine: Engine) -> dict[str, torch.Tensor]:
+def _gathered(engine: Engine, memory: HostMemory) -> dict[str, torch.Tensor]:
     """Every trained weight on world rank 0, nothing on the others. A collective call."""
     first = dist.get_rank() == 0
     if engine.zero_optimization_stage() < 3:
-        return {name: _copied(engine, name, weight.detach()) for name, weight in _trained(engine)} if first else {}
+        return {name: memory.copied(weight.detach()) for name, weight in _trained(engine)} if first else {}
     weights: dict[str, torch.Tensor] = {}
     for name, weight in _trained(engine):
         # DeepSpeed would gather it on every worker.
@@ -142,16 +146,16 @@ def _gathered(engine: Engine) -> dict[str, torch.Tensor]:
         parts: torch.Tensor | None = None
         if first:
             shape = torch.Size([dist.get_world_size(), own.numel()])
-            parts = _room(engine, name, shape, own.dtype) if own.is_cpu else own.new_empty(shape)
+            parts = memory.room(shape, own.dtype) if own.is_cpu else own.new_empty(shape)
         dist.gather(own, None if parts is None else list(parts))
         if parts is not None:
             # The last parts are filled up where a weight does not divide evenly.
             whole = parts.view(-1)[: weight.ds_numel].view(weight.ds_shape)  # type: ignore[attr-defined]
-            weights[name] = whole if whole.is_cpu else _copied(engine, name, whole)
+            weights[name] = whole if whole.is_cpu else memory.copied(whole)
     return weights
 
 
-def _optimizer_part(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _optimizer_part(engine: Engine, memory: HostMemory) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """This worker's flat parts of masters and moments, and what all workers share."""
     if not _stepped(engine).state:
         _begin_moments(engine, 0.0)
@@ -160,31 +164,10 @@ def _optimizer_part(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, 
         if engine.zero_optimization_stage() == 0:  # all workers have the same
             size = -(-part.numel() // dist.get_world_size())
             part = part[size * dist.get_rank() : size * (dist.get_rank() + 1)]
-        parts[name] = _copied(engine, name, part)
+        parts[name] = memory.copied(part)
     # AdamW counts steps per tensor, and all of them step together (torch.optim.AdamW, bias correction).
     steps = next(float(state["step"]) for state in _stepped(engine).state.values())
     return parts, {"steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
-
-
-_blocks: WeakKeyDictionary[Engine, dict[str, list[NDArray[np.uint8]]]] = WeakKeyDictionary()
-"""Host memory of each engine's snapshots that nothing uses now, by tensor."""
-
-
-def _copied(engine: Engine, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in the host's memory."""
-    return _room(engine, name, tensor.shape, tensor.dtype).copy_(tensor)
-
-
-def _room(engine: Engine, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor in the host's memory, in that of an earlier snapshot of the same name if nothing uses it any more.
-
-    Memory that a process gets anew costs several times what copying into it costs (benchmarks/checkpoint.py).
-    """
-    unused = _blocks.setdefault(engine, {}).setdefault(name, [])
-    block = unused.pop() if unused else np.empty(shape.numel() * dtype.itemsize, np.uint8)
-    lent = block[:]
-    finalize(lent, unused.append, block).atexit = False  # it lives as long as a tensor that lies in it
-    return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage()).view(shape)
 
 
 def _trained(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:

@@ -152,15 +152,20 @@ def test_heads_that_the_fast_kernels_cannot_take_get_sdpa_and_the_reason_is_said
             register(choice, cuda=True, heads=heads)
 
 
+@pytest.mark.parametrize("kernel", [SDPA, VARLEN, FLASH])
+def test_transformers_loads_a_model_with_each_kernel_as_ours(tmp_path, kernel):
+    model("llama").save_pretrained(tmp_path)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=kernel)
+    assert made.config._attn_implementation == kernel
+
+
 def test_nothing_is_said_where_a_fast_kernel_is_taken_or_none_is_expected(caplog):
     assert (register("auto", cuda=True), register("auto", cuda=False)) == (FAST, SDPA) and not caplog.records
 
 
 def test_a_torch_whose_kernel_takes_other_arguments_is_not_given_ours(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, *, scale=None: None)
-    with pytest.raises(
-        RecipeError, match=r"varlen cannot run because that of torch .* does not take enable_gqa, window_size"
-    ):
+    with pytest.raises(RecipeError, match=r"varlen cannot run because that of torch .* does not take window_size"):
         register("varlen", cuda=True)
     assert register("auto", cuda=True) != VARLEN
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
@@ -210,10 +215,19 @@ def test_sdpa_is_right_where_values_have_another_width_than_queries(window, kv_h
     assert found.shape == (1, int(LENGTHS.sum()), 4, value_width) and (found[0] - plain).abs().max() < 1e-5
 
 
+def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """As torch 2.11 has it: fewer heads of keys need no word."""
+    told = query.shape[1] != key.shape[1]
+    return reference(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=told
+    )
+
+
+@pytest.mark.parametrize("of_torch", [reference, of_torch_2_11])
 @pytest.mark.parametrize("window", [None, 1, 12])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_varlen_is_called_as_its_documentation_asks(monkeypatch, window, kv_heads):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference)
+def test_varlen_is_called_as_its_documentation_asks(monkeypatch, window, kv_heads, of_torch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, int(LENGTHS.sum()), 8, generator=generator) for heads in (4, kv_heads, kv_heads))
     inputs = packed_inputs(LENGTHS, torch.device("cpu"))
@@ -227,18 +241,27 @@ def test_varlen_is_called_as_its_documentation_asks(monkeypatch, window, kv_head
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", [packed_flash, packed_varlen])
-def test_kernels_equal_sdpa_on_a_gpu(kernel):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [8, 64, 128])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("kernel", [packed_flash, packed_varlen, packed_sdpa])
+def test_kernels_and_their_gradients_equal_the_cpu_s_on_a_gpu(kernel, window, kv_heads, width, dtype):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if kernel is packed_flash:
         pytest.importorskip("flash_attn")
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, heads, 81, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 2, 2)
-    )
-    inputs = packed_inputs(LENGTHS, torch.device("cuda"))
-    for window in (None, 12):
-        one, _ = packed_sdpa(torch.nn.Identity(), q, k, v, None, scaling=0.125, sliding_window=window, **inputs)
-        other, _ = kernel(torch.nn.Identity(), q, k, v, None, scaling=0.125, sliding_window=window, **inputs)
-        assert (one - other).abs().max() < 2e-2
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, int(LENGTHS.sum()), width, generator=generator) for heads in (4, kv_heads, kv_heads)]
+    outer = torch.randn(1, int(LENGTHS.sum()), 4, width, generator=generator)
+    found = {}
+    for device, run, kind in (("cpu", packed_sdpa, torch.float32), ("cuda", kernel, dtype)):
+        leaves = [each.to(dtype).to(device, kind).requires_grad_() for each in inputs]
+        output, _ = run(
+            torch.nn.Identity(), *leaves, None, scaling=0.125, sliding_window=window,
+            **packed_inputs(LENGTHS, torch.device(device)),
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output, leaves, outer.to(device, kind))
+        found[device] = [each.float().cpu() for each in (output, *gradients)]
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        assert one.shape == other.shape and (one - other).norm() < 1e-2 * one.norm()
