@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(300
 SEED = 7
 EACH = 3
 """Kills of each kind."""
+EVERY = 3
+"""Steps between checkpoints."""
 PROCESSES = ("RayTrainWorker", "_slice_task", "_window_task", "_round_task")
 NODES = {"a data node": "data", "a training node": "train"}
 KINDS = (*PROCESSES, *NODES, "the command")
@@ -41,10 +43,10 @@ model: {{path: {folder / "model"}, dtype: float32}}
 lora: null
 data: {{train: [{{path: {rows}}}], max_length: 256, window_rows: 128, cache: null}}
 optim: {{learning_rate: 1e-4, warmup_steps: 2}}
-train: {{global_batch_size: 32, epochs: 4}}
+train: {{global_batch_size: 32, epochs: 5}}
 engine: {{zero_stage: 0}}
 scale: {{num_workers: 2, use_gpu: false}}
-checkpoint: {{every_steps: 3, storage: {folder / "runs"}}}
+checkpoint: {{every_steps: {EVERY}, storage: {folder / "runs"}}}
 tracking: {{uri: null}}
 """
     )
@@ -68,7 +70,8 @@ class Chaos:
         return kinds
 
     def kill(self, kind: str) -> None:
-        """Kills one of a kind, once it is there, and returns when a checkpoint was written after it."""
+        """Kills one of a kind, some steps from now, once it is there, and returns when a checkpoint was written after it."""
+        self.run.wait_for_step(len(self.run.ledger()) + self._rng.randrange(EVERY + 1))
         attempts, looked = len(self.run.attempts()), time.monotonic()
         if kind in PROCESSES:
             self._frozen(kind).kill()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,8 +20,15 @@ from burnish.train.memory import HostMemory
 # Chosen before DeepSpeed is imported: it settles on an accelerator at import.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+# Its autotuner, which nothing here uses, would import MLflow, an eighth of the time in which a worker starts.
+_unneeded = "mlflow" not in sys.modules
+if _unneeded:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: E402
+
+if _unneeded:
+    del sys.modules["mlflow"]
 
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
