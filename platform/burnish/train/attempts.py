@@ -1,6 +1,7 @@
 """The attempts at a run: from the newest checkpoint on, until one ends by itself or fails for good."""
 
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -28,6 +29,9 @@ from burnish.train.split import OrderedSplit
 from burnish.train.watchdog import hang
 
 logger = logging.getLogger(__name__)
+
+# Ray's own watcher of nodes that are about to go would be one more process of each attempt; ours also writes a checkpoint.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 MAX_RESTARTS = 3
 """Times that a run is started again after a worker or a node was lost, without progress in between."""
