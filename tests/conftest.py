@@ -344,7 +344,7 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
             return lambda: nodes.remove_node(node, allow_graceful=False)
 
         for _ in range(2):
-            add(3, "any")
+            add(2, "any")
         nodes.wait_for_nodes()
         # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
         write_ray_address(nodes.address, folder)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template, _plain_template_data
 
@@ -62,7 +63,7 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise RecipeError(recipe.model.unloadable(error)) from None
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {one_line(error)}") from None

@@ -36,6 +36,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 Engine: TypeAlias = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed has no type hints."""
+Trained: TypeAlias = list[tuple[str, torch.nn.Parameter]]
+"""The weights that are trained, by name, in the order of the model."""
 
 
 def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> Engine:
@@ -107,10 +109,10 @@ def snapshot(engine: Engine, metadata: dict[str, str]) -> Files:
     moments: flat ranges that are the whole tensor laid end to end in the order of the workers, so that any number of
     workers can read them, each no more than it keeps.
     """
-    memory = HostMemory(engine, engine.device)
-    weights = _gathered(engine, memory)
+    memory, trained = HostMemory(engine, engine.device), _trained(engine)
+    weights = _gathered(engine, trained, memory)
     part = f"{OPTIMIZER}/{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    files: Files = {part: _optimizer_part(engine, memory)}
+    files: Files = {part: _optimizer_part(engine, trained, memory)}
     if dist.get_rank() == 0:
         files[WEIGHTS] = (weights, metadata)
     memory.wait()
@@ -133,42 +135,59 @@ def load_optimizer(engine: Engine, folder: Path) -> None:
         files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
         about = files[0].metadata()
         _begin_moments(engine, float(about["steps"]))
-        for name, start, part in _parts(engine):
+        for name, start, part in _parts(engine, _trained(engine)):
             part.copy_(_range(files, name, start, start + part.numel()))
         for name, value in json.loads(about["loss_scale"]).items():
             setattr(_scaler(engine), name, value)
 
 
 _MASTER, _MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+_BUCKET_BYTES = 64 << 20
+"""Weights that world rank 0 gathers at once, so that hundreds of small ones do not cost as many round trips."""
 
 
-def _gathered(engine: Engine, memory: HostMemory) -> dict[str, torch.Tensor]:
+def _gathered(engine: Engine, trained: Trained, memory: HostMemory) -> dict[str, torch.Tensor]:
     """Every trained weight on world rank 0, nothing on the others. A collective call."""
     first = dist.get_rank() == 0
     if engine.zero_optimization_stage() < 3:
-        return {name: memory.copied(weight.detach()) for name, weight in _trained(engine)} if first else {}
+        return {name: memory.copied(weight) for name, weight in trained} if first else {}
     weights: dict[str, torch.Tensor] = {}
-    for name, weight in _trained(engine):
-        # DeepSpeed would gather it on every worker.
-        own = safe_get_local_fp32_param(weight).to(weight.dtype)
-        parts: torch.Tensor | None = None
-        if first:
-            shape = torch.Size([dist.get_world_size(), own.numel()])
-            parts = memory.room(shape, own.dtype) if own.is_cpu else own.new_empty(shape)
+    for bucket in _buckets(trained):
+        # DeepSpeed would gather them on every worker.
+        own = torch.cat([safe_get_local_fp32_param(weight).to(weight.dtype) for _, weight in bucket])
+        parts = own.new_empty(dist.get_world_size(), own.numel()) if first else None
         dist.gather(own, None if parts is None else list(parts))
-        if parts is not None:
+        start = 0
+        for name, weight in bucket if parts is not None else []:
+            end = start + weight.partition_numel()  # type: ignore[attr-defined]
             # The last parts are filled up where a weight does not divide evenly.
-            whole = parts.view(-1)[: weight.ds_numel].view(weight.ds_shape)  # type: ignore[attr-defined]
-            weights[name] = whole if whole.is_cpu else memory.copied(whole)
+            whole = parts[:, start:end].reshape(-1)[: weight.ds_numel]  # type: ignore[attr-defined,index]
+            weights[name] = memory.copied(whole.view(weight.ds_shape))  # type: ignore[attr-defined]
+            start = end
     return weights
 
 
-def _optimizer_part(engine: Engine, memory: HostMemory) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _buckets(trained: Trained) -> Iterator[Trained]:
+    """Weights of one type that travel together, no more than `_BUCKET_BYTES` of them, or one that is larger."""
+    bucket: Trained = []
+    size = 0
+    for name, weight in trained:
+        taken = weight.ds_numel * weight.dtype.itemsize  # type: ignore[attr-defined]
+        if bucket and (size + taken > _BUCKET_BYTES or weight.dtype != bucket[0][1].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, weight))
+        size += taken
+    if bucket:
+        yield bucket
+
+
+def _optimizer_part(engine: Engine, trained: Trained, memory: HostMemory) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """This worker's flat parts of masters and moments, and what all workers share."""
     if not _stepped(engine).state:
         _begin_moments(engine, 0.0)
     parts = {}
-    for name, _, part in _parts(engine):
+    for name, _, part in _parts(engine, trained):
         if engine.zero_optimization_stage() == 0:  # all workers have the same
             size = -(-part.numel() // dist.get_world_size())
             part = part[size * dist.get_rank() : size * (dist.get_rank() + 1)]
@@ -178,7 +197,7 @@ def _optimizer_part(engine: Engine, memory: HostMemory) -> tuple[dict[str, torch
     return parts, {"steps": str(steps), "loss_scale": json.dumps(_loss_scale(engine))}
 
 
-def _trained(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained(engine: Engine) -> Trained:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
@@ -188,11 +207,11 @@ def _stepped(engine: Engine) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _masters(engine: Engine) -> dict[torch.nn.Parameter, torch.Tensor]:
+def _masters(engine: Engine, trained: Trained) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Without ZeRO, the tensor that AdamW steps for each trained weight: the weight, or its float32 copy."""
     halves, masters = getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", [])
     copies = {half: master for group in zip(halves, masters, strict=True) for half, master in zip(*group, strict=True)}
-    return {parameter: copies.get(parameter, parameter) for _, parameter in _trained(engine)}
+    return {parameter: copies.get(parameter, parameter) for _, parameter in trained}
 
 
 def _begin_moments(engine: Engine, steps: float) -> None:
@@ -208,10 +227,11 @@ def _begin_moments(engine: Engine, steps: float) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _parts(engine: Engine) -> Iterator[tuple[str, int, torch.Tensor]]:
+def _parts(engine: Engine, trained: Trained) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Of each float32 master and moment the name, where this worker's flat range begins, and the range, to be written to."""
-    stage, masters = engine.zero_optimization_stage(), _masters(engine) if engine.zero_optimization_stage() == 0 else {}
-    for name, weight in _trained(engine):
+    stage = engine.zero_optimization_stage()
+    masters = _masters(engine, trained) if stage == 0 else {}
+    for name, weight in trained:
         for key in (_MASTER, *_MOMENTS):
             if stage == 0:
                 master = masters[weight]

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from burnish.config import Recipe
@@ -243,7 +244,7 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
             dtype=getattr(torch, recipe.model.dtype),
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
 
 
@@ -286,7 +287,7 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
 def _configuration(recipe: Recipe) -> Any:
     try:
         return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
 
 

@@ -51,6 +51,23 @@ def brings_code(model_folder, tmp_path, monkeypatch):
     return folder, marker
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"layer_types": ["dense", "dense"]}, "layer_types"),
+    ],
+)
+def test_a_configuration_that_transformers_refuses_is_named(model_folder, make_recipe, tmp_path, change, message):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    recipe = make_recipe(model={"path": str(folder)})
+    for load in (check_model, load_template):
+        with pytest.raises((RecipeError, DataError), match=f"model.path: {folder} .*{message}"):
+            load(recipe)
+
+
 def test_code_of_a_model_folder_does_not_run(brings_code, make_recipe):
     folder, marker = brings_code
     recipe = make_recipe(model={"path": str(folder)})
