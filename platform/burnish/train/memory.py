@@ -33,7 +33,7 @@ class HostMemory:
     def room(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor."""
         size = shape.numel() * dtype.itemsize
-        taken = -(-size // 64) * 64  # each begins at a cache line
+        taken = -(-size // 64) * 64  # so that any type may lie behind it
         if taken > len(self._block):
             self._block = self._lent(max(taken, BLOCK_BYTES))
         found, self._block = self._block[:size], self._block[taken:]
@@ -46,8 +46,9 @@ class HostMemory:
 
     def _lent(self, size: int) -> torch.Tensor:
         """A block of at least this size, which is unused again when the last tensor that lies in it is gone."""
-        fitting = [number for number, block in enumerate(self._unused) if len(block) >= size]
-        block = self._unused.pop(fitting[0]) if fitting else self._new(size)
+        fitting = [(len(block), number) for number, block in enumerate(self._unused) if len(block) >= size]
+        # The smallest, so that a larger one is left for what needs it.
+        block = self._unused.pop(min(fitting)[1]) if fitting else self._new(size)
         lent = block[:]
         finalize(lent, self._unused.append, block).atexit = False
         return torch.from_numpy(lent)
