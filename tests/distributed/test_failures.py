@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Training, write_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 EVERY = 4
 """Steps between checkpoints of the recipe."""

@@ -35,7 +35,7 @@ model: {{path: {folder / "model"}, dtype: float32}}
 lora: {{rank: 4, dropout: 0.1}}
 data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
 optim: {{learning_rate: 1e-3, warmup_steps: 2}}
-train: {{global_batch_size: 4, epochs: 8}}
+train: {{global_batch_size: 4, epochs: 6}}
 scale: {{num_workers: 2, use_gpu: false}}
 checkpoint: {{every_steps: 8, storage: {folder / "runs"}}}
 tracking: {{uri: null}}

@@ -248,27 +248,13 @@ def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, c
     assert "<th>not trained: no-assistant<td>4" in page and "<th>rows of data.train<td>8" in page
 
 
-def test_the_ledger_is_the_same_on_1_2_and_4_workers(cluster, capsys, recipe_file, tmp_path):
+def test_what_plan_has_rendered_is_not_rendered_again(cluster, capsys, recipe_file, tmp_path):
     code, out, err = run(capsys, "plan", recipe_file(), "--json")
     assert code == 0 and json.loads(out)["rows"] == 40, err
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
     assert len(kept) == 5, "plan keeps every slice of 8 rows"
-    ledgers = []
-    for workers in (1, 2, 4):
-        name = f"workers-{workers}"
-        path = recipe_file(
-            name=name,
-            scale={"num_workers": workers},
-            engine={"zero_stage": 3},
-            train={"max_steps": 4, "epochs": 3},
-            checkpoint={"every_steps": None},
-        )
-        code, _, err = run(capsys, "train", path)
-        assert code == 0, err
-        ledgers.append([json.loads(line) for line in (tmp_path / "runs" / name / "ledger.jsonl").read_text().splitlines()])
-    losses = [[line.pop("loss") for line in ledger] for ledger in ledgers]
-    assert ledgers[0] == ledgers[1] == ledgers[2]
-    assert len(ledgers[0]) == 4
+    path = recipe_file(train={"max_steps": 4, "epochs": 3}, checkpoint={"every_steps": None})
+    code, out, err = run(capsys, "train", path)
+    assert code == 0 and json.loads(out)["steps"] == 4, err
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
-    assert now == kept, "three epochs of three runs render nothing again"
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert now == kept, "three epochs of a run render nothing again"

@@ -155,14 +155,18 @@ def _gathered(engine: Engine, trained: Trained, memory: HostMemory) -> dict[str,
     for bucket in _buckets(trained):
         # DeepSpeed would gather them on every worker.
         own = torch.cat([safe_get_local_fp32_param(weight).to(weight.dtype) for _, weight in bucket])
-        parts = own.new_empty(dist.get_world_size(), own.numel()) if first else None
+        parts: torch.Tensor | None = None
+        if first:
+            shape = torch.Size([dist.get_world_size(), own.numel()])
+            parts = memory.room(shape, own.dtype) if own.is_cpu else own.new_empty(shape)
         dist.gather(own, None if parts is None else list(parts))
         start = 0
         for name, weight in bucket if parts is not None else []:
             end = start + weight.partition_numel()  # type: ignore[attr-defined]
             # The last parts are filled up where a weight does not divide evenly.
             whole = parts[:, start:end].reshape(-1)[: weight.ds_numel]  # type: ignore[attr-defined,index]
-            weights[name] = memory.copied(whole.view(weight.ds_shape))  # type: ignore[attr-defined]
+            whole = whole.view(weight.ds_shape)  # type: ignore[attr-defined]
+            weights[name] = whole if whole.is_cpu and len(bucket) == 1 else memory.copied(whole)
             start = end
     return weights
 
