@@ -1,14 +1,19 @@
-"""A storage that is gone for a while, a full disk and full memory, really so, under workers that train on three nodes."""
+"""A storage or MLflow that is gone for a while, a full disk and full memory, really so, under workers on three nodes."""
 
 import json
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
 
-from tests.conftest import Training, write_model
+from tests.conftest import Training, free_ports, write_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
@@ -90,3 +95,46 @@ def test_a_worker_without_memory_ends_the_run_with_advice_and_the_same_command_s
     assert again.wait() == 5, again.said()
     assert found[0] in again.said() and "nothing was started" in again.said()
     assert len(attempts) == 1 and again.attempts() == attempts and again.ledger() == ledger
+
+
+@contextmanager
+def mlflow_server(database: Path, port: int) -> Iterator[None]:
+    """A real tracking server that is killed at the end of the block."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}", "--port", str(port)]
+    command += ["--workers", "1", "--artifacts-destination", str(database.parent / "artifacts")]
+    with open(database.with_suffix(".log"), "a") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + Training.deadline_seconds
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, database.with_suffix(".log").read_text()
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(0.1)
+        yield
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait()
+
+
+def test_metrics_of_an_outage_of_mlflow_in_which_a_worker_is_killed_arrive_once(quiet, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    database, (port,) = tmp_path / "mlflow.db", free_ports(1)
+    with mlflow_server(database, port):
+        run = Training(quiet.recipe, "unwatched", quiet.address, f"tracking.uri=http://127.0.0.1:{port}")
+        run.wait_until(run.attempts)
+    run.wait_for_step(10)
+    run.workers()[1].kill()
+    run.wait_until(lambda: len(run.attempts()) == 2)
+    client = MlflowClient(f"sqlite:///{database}")
+    (found,) = client.search_runs([client.get_experiment_by_name("burnish").experiment_id])
+    assert not client.get_metric_history(found.info.run_id, "train/loss"), "MLflow was away, and training went on"
+    with mlflow_server(database, port):
+        assert run.wait() == 0, run.said()
+        assert run.result()["status"] == "finished" and run.result()["run_id"] == found.info.run_id
+        run.assert_same(quiet)
+    losses = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in losses] == [(line["step"], line["loss"]) for line in run.ledger()]
+    assert client.get_run(found.info.run_id).info.status == "FINISHED"
