@@ -213,8 +213,16 @@ def processes_below(pid: int, name: str) -> list[psutil.Process]:
     return found
 
 
+def as_a_user() -> dict[str, str]:
+    """The environment of a command that starts a Ray of its own, with the tokens that these tests do without elsewhere."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
+
+
 class Training:
-    """`burnish train` as a process on a cluster; what it says lies in a file, so that it never waits for a reader."""
+    """`burnish train` as a process on a cluster; what it says lies in a file, so that it never waits for a reader.
+
+    Without an address it starts a Ray of its own, which asks for a token as that of a user does.
+    """
 
     deadline_seconds = 240
     """Within which all that a test waits for happens, however slow the machine."""
@@ -222,7 +230,7 @@ class Training:
     def __init__(self, recipe: Path, name: str, address: str, *overrides: str) -> None:
         self.recipe, self.address, self.folder = recipe, address, recipe.parent / "runs" / name
         command = [sys.executable, "-m", "burnish.cli", "train", str(recipe), f"name={name}", *overrides]
-        environment = {**os.environ, "RAY_ADDRESS": address}
+        environment = {**os.environ, "RAY_ADDRESS": address} if address else as_a_user()
         self._said = recipe.parent / f"{name}-{time.monotonic_ns()}.log"
         with open(self._said, "w") as said:
             self.process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)

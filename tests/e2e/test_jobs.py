@@ -12,16 +12,15 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from burnish.cli import main
 from burnish.train.checkpoint import newest
 from burnish.train.ledger import lines
 from burnish.train.shelf import Shelf
-from tests.conftest import ROOT, conversation, free_ports, write_rows
+from tests.conftest import ROOT, as_a_user, conversation, free_ports, write_rows
 
 pytestmark = pytest.mark.e2e
 
 
-def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(cluster, capsys, make_recipe, tmp_path):
+def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(ray_folder, make_recipe, tmp_path):
     from mlflow.tracking import MlflowClient
 
     held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 56)])
@@ -36,16 +35,16 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(clust
     )  # fmt: skip
     path = tmp_path / "sweep.yaml"
     path.write_text(recipe.to_yaml())
-    code = main(["sweep", str(path)])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    result = json.loads(captured.out.splitlines()[-1])
+    command = [sys.executable, "-m", "burnish.cli", "sweep", str(path)]
+    done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
     assert {"status", "run", "run_id", "steps", "checkpoint", "metrics"} <= set(result)
     reported = [trial for trial in result["trials"] if trial["eval/loss"] is not None]
     assert len(result["trials"]) == 2 and reported
     best = min(reported, key=lambda trial: trial["eval/loss"])
     assert result["best"]["trial"] == best["trial"]
-    assert "(best)" in captured.err and "optim.learning_rate" in captured.err
+    assert "(best)" in done.stderr and "optim.learning_rate" in done.stderr
     chosen = yaml.safe_load((tmp_path / "runs/small/best.yaml").read_text())
     assert chosen["optim"]["learning_rate"] == best["optim.learning_rate"] and chosen["sweep"] is None
     client = MlflowClient(uri)
