@@ -126,6 +126,8 @@ def packed_sdpa(
                 distance = torch.arange(end - start, device=q.device)
                 distance = distance[:, None] - distance[None, :]
                 mask = (distance >= 0) & (distance < sliding_window)
+                # No fused kernel takes both a mask and fewer heads of keys; the plain one keeps scores of length squared.
+                k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
             outputs.append(
                 F.scaled_dot_product_attention(
                     q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]

@@ -24,11 +24,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 _unneeded = "mlflow" not in sys.modules
 if _unneeded:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
-import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: E402
-
-if _unneeded:
-    del sys.modules["mlflow"]
+try:
+    import deepspeed
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+finally:
+    if _unneeded:
+        del sys.modules["mlflow"]
 
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
@@ -110,12 +111,14 @@ def snapshot(engine: Engine, metadata: dict[str, str]) -> Files:
     workers can read them, each no more than it keeps.
     """
     memory, trained = HostMemory(engine, engine.device), _trained(engine)
-    weights = _gathered(engine, trained, memory)
     part = f"{OPTIMIZER}/{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    files: Files = {part: _optimizer_part(engine, trained, memory)}
+    try:
+        weights = _gathered(engine, trained, memory)
+        files: Files = {part: _optimizer_part(engine, trained, memory)}
+    finally:
+        memory.wait()
     if dist.get_rank() == 0:
         files[WEIGHTS] = (weights, metadata)
-    memory.wait()
     return files
 
 
@@ -154,11 +157,12 @@ def _gathered(engine: Engine, trained: Trained, memory: HostMemory) -> dict[str,
     weights: dict[str, torch.Tensor] = {}
     for bucket in _buckets(trained):
         # DeepSpeed would gather them on every worker.
-        own = torch.cat([safe_get_local_fp32_param(weight).to(weight.dtype) for _, weight in bucket])
+        pieces = [safe_get_local_fp32_param(weight).to(weight.dtype) for _, weight in bucket]
+        own = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         parts: torch.Tensor | None = None
         if first:
             shape = torch.Size([dist.get_world_size(), own.numel()])
-            parts = memory.room(shape, own.dtype) if own.is_cpu else own.new_empty(shape)
+            parts = memory.room(shape, own.dtype) if own.is_cpu and len(bucket) == 1 else own.new_empty(shape)
         dist.gather(own, None if parts is None else list(parts))
         start = 0
         for name, weight in bucket if parts is not None else []:

@@ -1,5 +1,6 @@
 """Memory of the host for what a checkpoint holds, so that training may go on while it is written."""
 
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -23,7 +24,7 @@ class HostMemory:
 
     def __init__(self, owner: Any, device: torch.device) -> None:
         self._unused = _unused.setdefault(owner, [])
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -34,15 +35,16 @@ class HostMemory:
         """An empty tensor."""
         size = shape.numel() * dtype.itemsize
         taken = -(-size // 64) * 64  # so that any type may lie behind it
-        if taken > len(self._block):
-            self._block = self._lent(max(taken, BLOCK_BYTES))
-        found, self._block = self._block[:size], self._block[taken:]
-        return found.view(dtype).view(shape)
+        block = self._block if taken <= len(self._block) else self._lent(max(taken, BLOCK_BYTES))
+        rest = block[taken:]
+        if block is self._block or len(rest) > len(self._block):  # what a large tensor leaves may be less than there is
+            self._block = rest
+        return block[:size].view(dtype).view(shape)
 
     def wait(self) -> None:
         """Returns when all copies are there."""
-        if self._cuda:
-            torch.cuda.current_stream().synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _lent(self, size: int) -> torch.Tensor:
         """A block of at least this size, which is unused again when the last tensor that lies in it is gone."""
@@ -55,8 +57,11 @@ class HostMemory:
 
     def _new(self, size: int) -> NDArray[np.uint8]:
         block = np.empty(size, np.uint8)
-        if self._cuda:
+        if self._device.type == "cuda":
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(cudart.cudaHostRegister(block.ctypes.data, size, 0)) == 0:  # else it is as it was, and slower
+            if int(cudart.cudaHostRegister(block.ctypes.data, size, 0)) == 0:
                 finalize(block, cudart.cudaHostUnregister, block.ctypes.data).atexit = False
+            else:  # it is as it was, and slower; the next kernel would raise what CUDA has noted
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=self._device)
         return block

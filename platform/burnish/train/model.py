@@ -244,7 +244,7 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
             dtype=getattr(torch, recipe.model.dtype),
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
 
 
