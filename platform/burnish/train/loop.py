@@ -217,6 +217,7 @@ class Saver:
     def save(self, progress: Progress, measured: dict[str, float]) -> None:
         """Begins one checkpoint, which training does not wait for. A collective call."""
         metadata = {"chat_contract": f"sha256:{self._worker.attempt.behaviour_sha256}"}
+        self._writer.wait()  # before the snapshot, which then takes the memory of the one before
         self._writer.write(progress, measured, ds.snapshot(self._worker.engine, metadata))
         self._saved = progress.step
         self._note(measured)

@@ -13,6 +13,7 @@ from burnish.errors import InfrastructureError
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
 from burnish.train.home import Home
+from burnish.train.memory import HostMemory
 from burnish.train.shelf import Shelf
 from burnish.train.writer import Place, Writer
 
@@ -103,6 +104,28 @@ def files(value, world_rank=0):
     part = {f"optimizer/{world_rank:05d}-of-00002.safetensors": ({"a:master": torch.full((4,), float(value))}, {})}
     weights = {"weights.safetensors": ({"a": torch.full((8,), float(value))}, {"chat_contract": "x"})}
     return {**part, **(weights if world_rank == 0 else {})}
+
+
+def test_what_is_written_is_let_go_before_anyone_hears_of_it(tmp_path):
+    writer, owner = Writer(place(tmp_path), 0, 1), Owner()
+    for step in range(1, 20):
+        writer.wait()
+        memory = HostMemory(owner, torch.device("cpu"))
+        part = {"optimizer/00000-of-00001.safetensors": ({"a:master": memory.copied(torch.full((4,), float(step)))}, {})}
+        part["weights.safetensors"] = ({"a": memory.copied(torch.full((8,), float(step)))}, {})
+        block = part["weights.safetensors"][0]["a"].untyped_storage().data_ptr()
+        first = block if step == 1 else first
+        assert block == first, "one snapshot's memory is enough"
+        del memory
+        writer.write(Progress(step), {}, part)
+        del part
+    writer.wait()
+    written = load_file(tmp_path / "checkpoints" / "step-00000019" / "weights.safetensors")
+    assert bool((written["a"] == 19).all())
+
+
+class Owner:
+    """Something that lives as long as an engine."""
 
 
 def test_a_checkpoint_stands_when_every_worker_has_written_its_part_and_the_newest_are_kept(tmp_path):
