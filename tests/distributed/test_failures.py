@@ -1,4 +1,4 @@
-"""A storage or MLflow that is gone for a while, a full disk and full memory, really so, under workers on three nodes."""
+"""Workers that hang, a storage or MLflow that is gone for a while, a full disk and full memory, really so, on three nodes."""
 
 import json
 import re
@@ -138,3 +138,16 @@ def test_metrics_of_an_outage_of_mlflow_in_which_a_worker_is_killed_arrive_once(
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(each.step, each.value) for each in losses] == [(line["step"], line["loss"]) for line in run.ledger()]
     assert client.get_run(found.info.run_id).info.status == "FINISHED"
+
+
+def test_a_worker_that_hangs_is_named_and_started_again(quiet):
+    run = Training(quiet.recipe, "hangs", quiet.address, "scale.stall_seconds=24")
+    run.wait_for_step(10)
+    run.workers()[1].suspend()
+    assert run.wait() == 0, run.said()
+    assert re.search(
+        r"no step for 30 s .*: worker [01] said nothing, so its process hangs as a whole; starting again", run.said()
+    ), run.said()
+    run.assert_same(quiet)
+    metrics = run.result()["metrics"]
+    assert metrics["run/restarts"] == 1 and metrics["run/lost_steps"] >= 0 and metrics["run/recover_seconds"] > 0
