@@ -316,6 +316,19 @@ def ray_folder() -> Iterator[None]:
         del os.environ["RAY_TMPDIR"]
 
 
+@contextmanager
+def kept_idle() -> Iterator[None]:
+    """Nodes that are started in the block keep idle processes, as those that burnish starts do."""
+    from burnish.train.cluster import KEEP_IDLE
+
+    name, value = KEEP_IDLE
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
     """A Ray cluster of three nodes on this machine, joined by this process: addresses of its GCS and dashboard, and `add`.
@@ -329,26 +342,28 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
     dashboard, agent, grpc, client = free_ports(4)
     # Unix sockets must have short paths, so not pytest's own folder.
     with tempfile.TemporaryDirectory(prefix="bt-", ignore_cleanup_errors=True) as folder:
-        nodes = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client,
-                "dashboard_agent_listen_port": agent, "metrics_agent_port": grpc, "temp_dir": folder,
-                "object_store_memory": 200 << 20,
-            },
-        )  # fmt: skip
+        with kept_idle():
+            nodes = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client,
+                    "dashboard_agent_listen_port": agent, "metrics_agent_port": grpc, "temp_dir": folder,
+                    "object_store_memory": 200 << 20,
+                },
+            )  # fmt: skip
 
         def add(num_cpus: int = 1, role: str = "data") -> Callable[[], None]:
             ports = free_ports(2)
-            node = nodes.add_node(
-                num_cpus=num_cpus,
-                labels={"node-role": role},
-                # A folder of its own, as on a machine of its own: nodes that share one unpack a job's code over each other.
-                temp_dir=f"{folder}/{ports[0]}",
-                dashboard_agent_listen_port=ports[0],
-                metrics_agent_port=ports[1],
-                object_store_memory=200 << 20,
-            )
+            with kept_idle():
+                node = nodes.add_node(
+                    num_cpus=num_cpus,
+                    labels={"node-role": role},
+                    # Its own folder, as on a machine of its own: nodes that share one unpack a job's code over each other.
+                    temp_dir=f"{folder}/{ports[0]}",
+                    dashboard_agent_listen_port=ports[0],
+                    metrics_agent_port=ports[1],
+                    object_store_memory=200 << 20,
+                )
             return lambda: nodes.remove_node(node, allow_graceful=False)
 
         for _ in range(2):
@@ -405,14 +420,16 @@ def nodes_by_role(*roles: str) -> Iterator[tuple[Any, list[Any], Callable[[str],
             "dashboard_port": dashboard, "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics,
             "ray_client_server_port": client,
         }  # fmt: skip
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        with kept_idle():
+            cluster = Cluster(initialize_head=True, head_node_args=head)
 
         def add(role: str) -> Any:
             ports = free_ports(2)
-            return cluster.add_node(
-                num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=store,
-                dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
-            )  # fmt: skip
+            with kept_idle():
+                return cluster.add_node(
+                    num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=store,
+                    dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
+                )  # fmt: skip
 
         added = [add(role) for role in roles]
         cluster.wait_for_nodes()
