@@ -43,7 +43,7 @@ model: {{path: {folder / "model"}, dtype: float32}}
 lora: null
 data: {{train: [{{path: {rows}}}], max_length: 256, window_rows: 128, cache: null}}
 optim: {{learning_rate: 1e-4, warmup_steps: 2}}
-train: {{global_batch_size: 32, epochs: 5}}
+train: {{global_batch_size: 32, epochs: 4}}
 engine: {{zero_stage: 0}}
 scale: {{num_workers: 2, use_gpu: false}}
 checkpoint: {{every_steps: {EVERY}, storage: {folder / "runs"}}}
