@@ -110,3 +110,8 @@ def test_the_recipe_loads_in_under_a_second_without_torch_or_ray():
 
 def test_every_package_has_a_docstring():
     assert all(ast.get_docstring(ast.parse(path.read_text())) for path in Path(PACKAGE).rglob("*.py"))
+
+
+def test_a_worker_starts_without_mlflow_and_can_import_it_later():
+    code = "import sys, burnish.train.engine; assert not [m for m in sys.modules if m.startswith('mlflow')]; import mlflow.exceptions"
+    subprocess.run([sys.executable, "-c", code], check=True)
