@@ -5,7 +5,7 @@
 A Llama with random weights (hidden 512, 4 layers, a vocabulary of 32,000) is trained in float32 by burnish's engine on real
 DeepSpeed: one worker with ZeRO-0, then two on gloo with ZeRO-2 and with ZeRO-3; all weights, then adapters of rank 16 on all
 linear layers. Contenders write checkpoints in turn, after the disk has come to rest, and steps follow each. `burnish` is
-`engine.snapshot` and `Writer.write`, whose thread writes while steps go on; `burnish, waiting` also waits until it stands;
+`State.snapshot` and `Writer.write`, whose thread writes while steps go on; `burnish, waiting` also waits until it stands;
 `DeepSpeed` is its own `save_checkpoint`; `Trainer` is what transformers' Trainer does with one worker, `save_pretrained` and
 `torch.save` of the optimizer's state. The time is that of the slowest worker. Steps beside a thread that writes are compared
 with those that follow `burnish, waiting`, when nothing is written.
@@ -43,6 +43,7 @@ from burnish.train.attempt import Progress
 from burnish.train.home import Home
 from burnish.train.model import build_model
 from burnish.train.objective import Objective
+from burnish.train.state import State
 from burnish.train.writer import Place, Writer
 
 TOKENS, STEPS = 128, 6
@@ -79,6 +80,7 @@ class Worker:
         self._folder, self._lora, self._workers = folder, recipe.lora is not None, dist.get_world_size()
         self._engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self._workers)
         self._objective = Objective(self._engine, self._engine.device)
+        self._state = State(self._engine)
         self._writer = Writer(Place(Home(folder), "bench", 1, None, ""), dist.get_rank(), self._workers)
         self._number = 0
         self.contenders: dict[str, Callable[[], None]] = {
@@ -122,7 +124,7 @@ class Worker:
 
     def _burnish(self) -> None:
         self._number += 1
-        self._writer.write(Progress(self._number), {}, ds.snapshot(self._engine, {}))
+        self._writer.write(Progress(self._number), {}, self._state.snapshot({}))
 
     def _burnish_waiting(self) -> None:
         self._burnish()

@@ -36,6 +36,7 @@ from burnish.train.attempt import Progress
 from burnish.train.home import Home
 from burnish.train.model import build_model, cost
 from burnish.train.objective import Objective
+from burnish.train.state import State
 from burnish.train.writer import Place, Writer
 
 SHAPE: dict[str, Any] = {
@@ -189,15 +190,15 @@ def checkpoints(folder: Path, lora: dict[str, Any] | None, zero_stage: int) -> N
     (run / "contract.json").write_text("{}")
     ours = Ours(recipe_of(folder, lora, "auto", zero_stage, "model" if lora else "six layers"))
     ours.step(samples(0))
+    state = State(ours.engine)
     writer = Writer(Place(Home(run), "bench", 1, None, ""), 0, 1)
     rows: dict[str, list[float]] = {"snapshot": [], "until it stands": [], "DeepSpeed": [], "step beside": [], "step": []}
     for number in range(1, 4):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        files = ds.snapshot(ours.engine, {})
+        snapshot = state.snapshot({})
         rows["snapshot"].append(time.perf_counter() - start)
-        writer.write(Progress(number), {}, files)
-        del files
+        writer.write(Progress(number), {}, snapshot)
         rows["step beside"].append(seconds_of(ours.step, samples(1)))
         writer.wait()
         rows["until it stands"].append(time.perf_counter() - start)

@@ -108,23 +108,25 @@ class Worker:
         from burnish.train import checkpoint, writer
         from burnish.train import engine as ds
         from burnish.train.model import build_model
+        from burnish.train.state import State, load_optimizer, load_weights
 
         ends = []
         for number, recipe in enumerate(recipes):
-            weights, state = Path(folder, str(number), checkpoint.WEIGHTS), Path(folder, str(number), checkpoint.OPTIMIZER)
+            saved = Path(folder, str(number))
             model = build_model(recipe, cuda=False)
             if resumes:
-                ds.load_weights(model, weights)
+                load_weights(model, saved / checkpoint.WEIGHTS)
             engine = ds.build_engine(recipe, model, self.world)
+            state = State(engine)
             if resumes:
-                ds.load_optimizer(engine, state)
+                load_optimizer(engine, saved / checkpoint.OPTIMIZER)
             else:
                 self.steps(engine, make_packs()[:2])
-                writer.write_files(Path(folder, str(number)), ds.snapshot(engine, {}))
+                writer.write_files(saved, state.snapshot({})())
                 torch.distributed.barrier()
             self.steps(engine, make_packs()[2:])
             end = Path(folder, f"{number}-end-{self.world}-{resumes}", checkpoint.OPTIMIZER)
-            writer.write_files(end.parent, ds.snapshot(engine, {}))
+            writer.write_files(end.parent, state.snapshot({})())
             torch.distributed.barrier()
             trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
             with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=recipe.engine.zero_stage == 3):
@@ -142,28 +144,30 @@ class Worker:
         """Bytes of each tensor that this worker writes of a checkpoint after a step, by recipe."""
         from burnish.train import engine as ds
         from burnish.train.model import build_model
+        from burnish.train.state import State
 
         def tensors(files) -> dict[str, torch.Tensor]:
             return {name: tensor for tensors, _ in files.values() for name, tensor in tensors.items()}
 
         def blocks_of(tensors: dict[str, torch.Tensor]) -> set[int]:
-            return {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
+            return {tensor.untyped_storage().data_ptr() for name, tensor in tensors.items() if ":" in name and tensor.numel()}
 
         found = []
         for recipe in recipes:
             engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
             self.steps(engine, make_packs()[:1])
-            first = tensors(ds.snapshot(engine, {}))
+            state = State(engine)
+            first = tensors(state.snapshot({})())
             found.append({name: tensor.nbytes for name, tensor in first.items()})
             were, blocks = {name: tensor.clone() for name, tensor in first.items()}, blocks_of(first)
             self.steps(engine, make_packs()[1:])
-            second = tensors(ds.snapshot(engine, {}))
+            second = tensors(state.snapshot({})())
             assert all(torch.equal(first[name], were[name]) for name in first), (
                 "a snapshot that is being written stays as it is"
             )
             assert not any(torch.equal(second[name], were[name]) for name in second if second[name].numel())
             first.clear()
-            third = tensors(ds.snapshot(engine, {}))
+            third = tensors(state.snapshot({})())
             assert all(torch.equal(third[name], second[name]) for name in third)
             assert blocks_of(third) == blocks, "memory is used again"
         return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from burnish.errors import TrainingError
-from burnish.train import objective, self_test
+from burnish.train import memory, objective, self_test
 from burnish.train.attention import FLASH, SDPA, VARLEN, register
 from burnish.train.failure import memory_advice
 from burnish.train.objective import Objective
@@ -85,7 +85,7 @@ def test_a_step_is_the_plain_step_of_the_cpu(make_recipe, tmp_path, zero_stage, 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_stage, lora):
-    from burnish.train import checkpoint, writer
+    from burnish.train import checkpoint, state, writer
     from burnish.train import engine as ds
     from burnish.train.model import build_model
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_
     )  # fmt: skip
     steps = make_packs()
     engine, _, _ = trained(recipe, steps[:2])
-    files = ds.snapshot(engine, {})
+    files = state.State(engine).snapshot({})()
     tensors = {name: tensor for held, _ in files.values() for name, tensor in held.items()}
     assert all(tensor.is_cpu for tensor in tensors.values()) and any(tensor.is_pinned() for tensor in tensors.values())
     were = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -103,10 +103,10 @@ def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_
     assert all(torch.equal(were[name], tensor) for name, tensor in tensors.items()), "it stays while training goes on"
     writer.write_files(tmp_path / "checkpoint", files)
     fresh = build_model(recipe, cuda=True)
-    ds.load_weights(fresh, tmp_path / "checkpoint" / checkpoint.WEIGHTS)
+    state.load_weights(fresh, tmp_path / "checkpoint" / checkpoint.WEIGHTS)
     resumed = ds.build_engine(recipe, fresh, 1)
-    ds.load_optimizer(resumed, tmp_path / "checkpoint" / checkpoint.OPTIMIZER)
-    read = {name: tensor for held, _ in ds.snapshot(resumed, {}).values() for name, tensor in held.items()}
+    state.load_optimizer(resumed, tmp_path / "checkpoint" / checkpoint.OPTIMIZER)
+    read = {name: tensor for held, _ in state.State(resumed).snapshot({})().values() for name, tensor in held.items()}
     assert set(read) == set(were) and all(torch.equal(read[name], were[name]) for name in were)
     _, losses, _ = trained(recipe, steps[2:], resumed)
     assert np.allclose(losses, quiet, rtol=1e-5, atol=0)
@@ -154,6 +154,19 @@ def test_memory_that_does_not_suffice_is_named_with_what_to_lower(make_recipe):
         memory_advice(make_recipe(), 3, 512),
     ):
         torch.empty(1 << 46, device=CUDA)
+
+
+def test_memory_that_cannot_be_locked_is_used_as_it_is(monkeypatch):
+    block, cudart = np.empty(1 << 20, np.uint8), torch.cuda.cudart()
+    assert int(cudart.cudaHostRegister(block.ctypes.data, len(block), 0)) == 0
+    with monkeypatch.context() as patch:  # CUDA refuses to lock what is locked
+        patch.setattr(memory.np, "empty", lambda size, dtype: block[:size])
+        source = torch.arange(1 << 18, dtype=torch.float32, device=CUDA)
+        (copy,) = memory.HostMemory(CUDA).copies([source])
+    assert copy.data_ptr() == block.ctypes.data and torch.equal(copy, source.cpu())
+    assert int((source * 2)[3]) == 6, "the next kernel raises nothing"
+    del copy
+    assert int(cudart.cudaHostUnregister(block.ctypes.data)) == 0
 
 
 def test_a_run_on_a_gpu_is_stopped_and_goes_on(tmp_path):

@@ -18,7 +18,7 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
-        "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.tombstone", "train.watchdog", "train.writer",
+        "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.tombstone", "train.watchdog", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},

@@ -31,6 +31,7 @@ from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
+from burnish.train.state import State, load_optimizer, load_weights
 from burnish.train.watchdog import Watchdog
 from burnish.train.writer import Place, Writer
 
@@ -117,9 +118,9 @@ def build(attempt: Attempt, home: Home, num_workers: int) -> ds.Engine:
     if resume is None:
         return ds.build_engine(recipe, model, num_workers)
     with home.shelf().fetched(resume, home.folder.parent / f".{attempt.name}") as folder:
-        ds.load_weights(model, folder / checkpoint.WEIGHTS)
+        load_weights(model, folder / checkpoint.WEIGHTS)
         engine = ds.build_engine(recipe, model, num_workers)
-        ds.load_optimizer(engine, folder / checkpoint.OPTIMIZER)
+        load_optimizer(engine, folder / checkpoint.OPTIMIZER)
         dist.barrier()  # whoever leaves first takes the copies of a remote checkpoint away
     return engine
 
@@ -200,13 +201,14 @@ def evaluate(worker: Worker, records: "Records | None", step: int) -> dict[str, 
 
 
 class Saver:
-    """The checkpoints of this attempt; every worker has one and calls it at the same steps."""
+    """The checkpoints of this attempt; every worker has one and calls it at the same steps. Made by a collective call."""
 
     def __init__(self, worker: Worker) -> None:
         spec, attempt = worker.recipe.checkpoint, worker.attempt
         place = Place(worker.home, attempt.name, spec.keep, spec.best, attempt.behaviour_sha256)
         self._writer = Writer(place, dist.get_rank(), dist.get_world_size())
         self._worker, self._best = worker, attempt.best
+        self._state = State(worker.engine)
         self._saved = attempt.progress.step if attempt.resume else -1
 
     def improves(self, measured: dict[str, float]) -> bool:
@@ -218,7 +220,7 @@ class Saver:
         """Begins one checkpoint, which training does not wait for. A collective call."""
         metadata = {"chat_contract": f"sha256:{self._worker.attempt.behaviour_sha256}"}
         self._writer.wait()  # before the snapshot, which then takes the memory of the one before
-        self._writer.write(progress, measured, ds.snapshot(self._worker.engine, metadata))
+        self._writer.write(progress, measured, self._state.snapshot(metadata))
         self._saved = progress.step
         self._note(measured)
         if dist.get_rank() == 0:

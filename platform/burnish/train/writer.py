@@ -68,10 +68,10 @@ class Writer:
         self._pending: Future[None] = Future()
         self._pending.set_result(None)
 
-    def write(self, progress: Progress, metrics: dict[str, float], files: Files) -> None:
-        """Begins the checkpoint of a step when the one before is written; `files` belong to the writer from then on."""
+    def write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
+        """Begins the checkpoint of a step when the one before is written. `snapshot` is called once, by the thread."""
         self.wait()
-        self._pending = _begun(partial(self._write, progress, metrics, files))
+        self._pending = _begun(partial(self._write, progress, metrics, snapshot))
 
     def measure(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Adds metrics to the checkpoint of a step that was just begun, when it is written."""
@@ -92,7 +92,8 @@ class Writer:
         """Returns when the last write stands; raises what it raised."""
         self._pending.result()
 
-    def _write(self, progress: Progress, metrics: dict[str, float], files: Files) -> None:
+    def _write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
+        files = snapshot()
         try:
             for attempt in Retrying(
                 retry=retry_if_exception(_may_pass),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+from functools import partial
 
 import pytest
 import torch
@@ -107,35 +108,30 @@ def files(value, world_rank=0):
 
 
 def test_what_is_written_is_let_go_before_anyone_hears_of_it(tmp_path):
-    writer, owner, blocks = Writer(place(tmp_path), 0, 1), Owner(), set()
+    writer, memory, blocks = Writer(place(tmp_path), 0, 1), HostMemory(torch.device("cpu")), set()
     for step in range(1, 20):
         writer.wait()
-        memory = HostMemory(owner, torch.device("cpu"))
-        part = {"optimizer/00000-of-00001.safetensors": ({"a:master": memory.copied(torch.full((4,), float(step)))}, {})}
-        part["weights.safetensors"] = ({"a": memory.copied(torch.full((8,), float(step)))}, {})
-        blocks.add(part["weights.safetensors"][0]["a"].untyped_storage().data_ptr())
-        del memory
-        writer.write(Progress(step), {}, part)
-        del part
+        master, weight = memory.copies([torch.full((4,), float(step)), torch.full((8,), float(step))])
+        blocks.add(weight.untyped_storage().data_ptr())
+        part = {"optimizer/00000-of-00001.safetensors": ({"a:master": master}, {})}
+        part["weights.safetensors"] = ({"a": weight}, {})
+        writer.write(Progress(step), {}, [part].pop)
+        del part, master, weight
     writer.wait()
     assert len(blocks) == 1, "one snapshot's memory is enough"
     written = load_file(tmp_path / "checkpoints" / "step-00000019" / "weights.safetensors")
     assert bool((written["a"] == 19).all())
 
 
-class Owner:
-    """Something that lives as long as an engine."""
-
-
 def test_a_checkpoint_stands_when_every_worker_has_written_its_part_and_the_newest_are_kept(tmp_path):
     writers = [Writer(place(tmp_path), world_rank, 2) for world_rank in range(2)]
     folder = tmp_path / "checkpoints"
     for step in (2, 4, 6):
-        writers[0].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, files(step))
+        writers[0].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, partial(files, step))
         if step == 6:
             writers[0].check()
             assert not (folder / "step-00000006").exists()
-        writers[1].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, files(step, 1))
+        writers[1].write(Progress(step, Cursor(1, 2, 3)), {"train/loss": 1.0}, partial(files, step, 1))
     for writer in writers:
         writer.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
@@ -150,7 +146,7 @@ def test_a_checkpoint_stands_when_every_worker_has_written_its_part_and_the_newe
 def test_the_best_checkpoint_is_kept_beside_the_newest_and_may_be_measured_later(tmp_path):
     writer = Writer(place(tmp_path, keep=1, best="eval/loss"), 0, 1)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
-        writer.write(Progress(step), {} if loss is None else {"eval/loss": loss}, files(step))
+        writer.write(Progress(step), {} if loss is None else {"eval/loss": loss}, partial(files, step))
     writer.wait()
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
@@ -167,7 +163,7 @@ def test_what_earlier_attempts_left_unfinished_is_cleared_and_never_taken_for_a_
     stale.mkdir()
     (stale / ".part-attempt-0-00001.json").write_text("{}")
     writer = Writer(place(tmp_path), 0, 2)
-    writer.write(Progress(2), {}, files(2))
+    writer.write(Progress(2), {}, partial(files, 2))
     with pytest.raises(TimeoutError):
         writer._pending.result(timeout=0.5)
     Shelf(str(folder)).clear()
@@ -178,7 +174,7 @@ def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_u
     writer = Writer(place(tmp_path), 0, 1)
     folder = tmp_path / "checkpoints"
     folder.rename(tmp_path / "unmounted")
-    writer.write(Progress(2), {}, files(2))
+    writer.write(Progress(2), {}, partial(files, 2))
     with pytest.raises(TimeoutError):
         writer._pending.result(timeout=1.2)
     writer.check()
@@ -189,13 +185,13 @@ def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_u
 
 def test_a_full_disk_is_reported_as_such_at_once_and_the_checkpoint_before_stays(tmp_path):
     writer = Writer(place(tmp_path), 0, 1)
-    writer.write(Progress(2), {}, files(2))
+    writer.write(Progress(2), {}, partial(files, 2))
     writer.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # No file grows beyond this, as on a disk that is full.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        writer.write(Progress(4), {}, {"weights.safetensors": ({"a": torch.zeros(1 << 20)}, {})})
+        writer.write(Progress(4), {}, lambda: {"weights.safetensors": ({"a": torch.zeros(1 << 20)}, {})})
         with pytest.raises(InfrastructureError, match=r"step 4 could not be written .* Make room") as found:
             writer.wait()
     finally:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def write(workers, step, metrics=None, keep=2, attempt="attempt-1"):
     (workers[0].folder / "contract.json").write_text("{}")
     writers = [Writer(Place(each, attempt, keep, "eval/loss", "x"), rank, 2) for rank, each in enumerate(workers)]
     for rank, writer in enumerate(writers):
-        writer.write(Progress(step, Cursor(1, 2, 3)), metrics or {}, files_of(step, rank))
+        writer.write(Progress(step, Cursor(1, 2, 3)), metrics or {}, partial(files_of, step, rank))
     for writer in writers:
         writer.wait()
     return writers

@@ -45,7 +45,9 @@ def test_models_whose_samples_are_apart_pass_and_stay_as_they_are(architecture, 
 
 @pytest.mark.parametrize("lengths", [[], [1], [2], [40], [1, 1], [1, 39]])
 def test_packs_of_any_shape_can_be_tested(lengths):
-    check(model("llama"), [pack(np.array(lengths, np.int32))], CPU)
+    made = model("llama")
+    check(made, [pack(np.array(lengths, np.int32))], CPU)
+    assert made.training and all(parameter.grad is None for parameter in made.parameters())
 
 
 def test_adapters_with_dropout_and_recomputed_activations_pass():

@@ -21,6 +21,7 @@ def test_an_error_that_would_come_again_comes_at_once(tmp_path, error):
 def test_what_may_pass_is_tried_again(tmp_path, error):
     bury(tmp_path, error, STARTED_FROM)
     check(tmp_path, STARTED_FROM)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_recipe_or_other_rows_are_tried(tmp_path):
