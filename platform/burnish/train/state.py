@@ -85,7 +85,7 @@ class State:
             weights = {name: copies[name].view(weight.shape) for name, weight in self._trained if name in copies}
         if dist.get_rank() == 0:
             files[WEIGHTS] = (weights, metadata)
-        copies.clear()  # whoever holds this call no longer holds the memory
+        copies.clear()  # whoever still holds the call that made these files no longer holds their memory
         return files
 
     def _gathered(self, parts: Flat) -> dict[str, torch.Tensor]:

@@ -113,8 +113,6 @@ class Writer:
                 f"the checkpoint of step {progress.step} could not be written to {self._shelf.place} ({self._free()}): "
                 f"{one_line(error)}. Make room; the same command goes on from the checkpoint before"
             ) from error
-        finally:
-            files.clear()  # before anyone hears that it is written, so that the next snapshot finds their memory
 
     def _free(self) -> str:
         """What the storage has left, as far as it says so."""
