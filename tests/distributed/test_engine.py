@@ -150,7 +150,9 @@ class Worker:
             return {name: tensor for tensors, _ in files.values() for name, tensor in tensors.items()}
 
         def blocks_of(tensors: dict[str, torch.Tensor]) -> set[int]:
-            return {tensor.untyped_storage().data_ptr() for name, tensor in tensors.items() if ":" in name and tensor.numel()}
+            return {
+                tensor.untyped_storage().data_ptr() for name, tensor in tensors.items() if ":" in name and tensor.numel()
+            }
 
         found = []
         for recipe in recipes:

@@ -24,15 +24,17 @@ class HostMemory:
     def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Flat copies of flat tensors, all there when this returns. Their memory is used again when the last one is gone."""
         places: dict[int, torch.Tensor] = {}
-        # One call makes the places of all tensors of a type: a call for each would take longer than to copy small ones.
+        # One call for all tensors of a type: a call for each would take longer than to copy small ones.
         for dtype in {tensor.dtype: None for tensor in tensors}:
             numbers = [number for number, tensor in enumerate(tensors) if tensor.dtype == dtype]
             sizes = [tensors[number].numel() for number in numbers]
-            block = self._lent(sum(sizes) * dtype.itemsize)
-            places |= dict(zip(numbers, torch.split_with_sizes(block.view(dtype), sizes), strict=True))
-        for number, tensor in enumerate(tensors):
-            places[number].copy_(tensor, non_blocking=True)
+            block = self._lent(sum(sizes) * dtype.itemsize).view(dtype)
+            places |= dict(zip(numbers, torch.split_with_sizes(block, sizes), strict=True))
+            if self._device.type == "cpu":
+                torch.cat([tensors[number] for number in numbers], out=block)
         if self._device.type == "cuda":
+            for number, tensor in enumerate(tensors):
+                places[number].copy_(tensor, non_blocking=True)
             torch.cuda.current_stream(self._device).synchronize()
         return [places[number] for number in range(len(tensors))]
 
