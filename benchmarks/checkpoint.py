@@ -46,7 +46,7 @@ from burnish.train.objective import Objective
 from burnish.train.state import State
 from burnish.train.writer import Place, Writer
 
-TOKENS, STEPS = 128, 6
+TOKENS, STEPS = 128, 2
 """Tokens of a worker's pack, and steps after each checkpoint."""
 SHAPE: dict[str, Any] = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,

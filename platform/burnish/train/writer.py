@@ -211,6 +211,7 @@ def _begun(work: Callable[[], None]) -> "Future[None]":
     future: Future[None] = Future()
 
     def run() -> None:
+        time.sleep(0)  # training goes on first, not after the 5 ms in which this thread would keep the interpreter
         try:
             work()
             future.set_result(None)
