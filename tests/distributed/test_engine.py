@@ -159,6 +159,9 @@ class Worker:
             engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
             self.steps(engine, make_packs()[:1])
             state = State(engine)
+            if state._group is not None:  # a worker whose storage is slow is waited for
+                backend = state._group._get_backend(torch.device("cpu"))
+                assert backend.options._timeout.days >= 1
             made = state.snapshot({})
             first = tensors(made())
             found.append({name: tensor.nbytes for name, tensor in first.items()})

@@ -232,7 +232,7 @@ class Saver:
         try:
             yield
         except (TrainingError, DataError):
-            self._writer.wait()
+            self._writer.stand()
             raise
 
     def check(self) -> None:

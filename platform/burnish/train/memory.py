@@ -28,7 +28,8 @@ class HostMemory:
         for dtype in {tensor.dtype: None for tensor in tensors}:
             numbers = [number for number, tensor in enumerate(tensors) if tensor.dtype == dtype]
             sizes = [tensors[number].numel() for number in numbers]
-            block = self._lent(sum(sizes) * dtype.itemsize).view(dtype)
+            # No block is empty, which could not be viewed as another type.
+            block = self._lent(max(1, sum(sizes)) * dtype.itemsize).view(dtype)[: sum(sizes)]
             places |= dict(zip(numbers, torch.split_with_sizes(block, sizes), strict=True))
             if self._device.type == "cpu":
                 torch.cat([tensors[number] for number in numbers], out=block)
@@ -48,7 +49,7 @@ class HostMemory:
 
     def _new(self, size: int) -> NDArray[np.uint8]:
         block = np.empty(size, np.uint8)
-        if self._device.type == "cuda" and size:
+        if self._device.type == "cuda":
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             if int(cudart.cudaHostRegister(block.ctypes.data, size, 0)) == 0:
                 finalize(block, cudart.cudaHostUnregister, block.ctypes.data).atexit = False

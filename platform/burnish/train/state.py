@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
 from burnish.train.engine import Engine, deepspeed
@@ -41,6 +43,8 @@ class State:
         # What is gathered is in the host's memory, by a thread, while training uses the workers' own group.
         shared = _stage(engine) == 3 and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if shared else None
+        if shared:  # it waits for a worker whose storage is slow, as long as the watchdog lets that one live
+            _set_pg_timeout(timedelta(days=7), self._group)
         self._places: list[int] = []
         self._sources: Flat = {}
 

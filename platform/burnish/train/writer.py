@@ -67,10 +67,12 @@ class Writer:
         self._shelf = place.home.shelf()
         self._pending: Future[None] = Future()
         self._pending.set_result(None)
+        self._last: str | None = None
 
     def write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         """Begins the checkpoint of a step when the one before is written. `snapshot` is called once, by the thread."""
         self.wait()
+        self._last = _name(progress.step)
         self._pending = _begun(partial(self._write, progress, metrics, snapshot))
 
     def measure(self, progress: Progress, metrics: dict[str, float]) -> None:
@@ -91,6 +93,17 @@ class Writer:
     def wait(self) -> None:
         """Returns when the last write stands; raises what it raised."""
         self._pending.result()
+
+    def stand(self) -> None:
+        """Returns when the last checkpoint that was begun stands, though world rank 0 may write the last of it.
+
+        Nobody waits longer than world rank 0 tries; where it fails it raises, which ends all workers.
+        """
+        self.wait()
+        deadline = time.monotonic() + RETRY_SECONDS
+        with suppress(OSError, pa.ArrowException):
+            while self._last and self._last not in self._shelf.names() and time.monotonic() < deadline:
+                time.sleep(0.5 if self._shelf.remote else 0.02)
 
     def _write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         files = snapshot()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -105,6 +106,24 @@ def files(value, world_rank=0):
     part = {f"optimizer/{world_rank:05d}-of-00002.safetensors": ({"a:master": torch.full((4,), float(value))}, {})}
     weights = {"weights.safetensors": ({"a": torch.full((8,), float(value))}, {"chat_contract": "x"})}
     return {**part, **(weights if world_rank == 0 else {})}
+
+
+def test_a_worker_whose_part_is_written_waits_for_the_checkpoint_to_stand(tmp_path, monkeypatch):
+    writers = [Writer(place(tmp_path), world_rank, 2) for world_rank in range(2)]
+    for writer in writers:
+        writer.stand()  # nothing was begun
+    writers[1].write(Progress(2), {}, partial(files, 2, 1))
+    with ThreadPoolExecutor(1) as pool:
+        standing = pool.submit(writers[1].stand)
+        writers[1].wait()
+        with pytest.raises(TimeoutError):
+            standing.result(timeout=0.2)
+        writers[0].write(Progress(2), {}, partial(files, 2))
+        standing.result(timeout=60)
+    assert newest(Shelf(str(tmp_path / "checkpoints"))).progress.step == 2
+    monkeypatch.setattr("burnish.train.writer.RETRY_SECONDS", 0.2)
+    writers[1].write(Progress(4), {}, partial(files, 4, 1))
+    writers[1].stand()  # no longer than world rank 0 would try
 
 
 def test_what_is_written_is_let_go_before_anyone_hears_of_it(tmp_path):

@@ -31,6 +31,12 @@ def test_tensors_keep_their_values_while_other_snapshots_are_made():
         assert all(end <= start for (_, end), (start, _) in pairwise(places)), "none lies in another"
 
 
+def test_a_worker_with_no_part_of_anything_has_nothing_to_copy():
+    memory = HostMemory(torch.device("cpu"))
+    assert [len(copy) for copy in memory.copies([torch.empty(0), torch.empty(0)])] == [0, 0]
+    assert memory.copies([]) == []
+
+
 def test_memory_is_used_again_when_the_last_tensor_in_it_is_gone():
     memory = HostMemory(torch.device("cpu"))
     made = memory.copies(sources(1.0))
