@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from burnish.config import Recipe
+from burnish.data.order import Cursor, StepMeta
 from burnish.data.packing import IGNORE_INDEX, Pack, Sample
+from burnish.train.attempt import Attempt, Progress
+from burnish.train.batches import Batch
+from burnish.train.home import Home
+from burnish.train.watchdog import Watchdog
 from tests.conftest import free_ports, write_model
 
 pytestmark = pytest.mark.distributed
@@ -182,6 +187,37 @@ class Worker:
                 fourth = tensors(state.snapshot({})())
                 moved = [name for name in fourth if name.endswith(":exp_avg")]
                 assert all(torch.equal(fourth[name], third[name] + 1.0) for name in moved), "where it lies now"
+        return found
+
+    def losses(self, recipe: Recipe, folder: str, resumes: bool) -> list[float]:
+        """Losses of three of the loop's own steps, or of the third from a checkpoint of the first two."""
+        from burnish.train import checkpoint, loop, writer
+        from burnish.train import engine as ds
+        from burnish.train.model import build_model
+        from burnish.train.objective import Objective
+        from burnish.train.state import State, load_optimizer, load_weights
+
+        home, saved, model = Home(Path(folder)), Path(folder, "saved"), build_model(recipe, cuda=False)
+        if resumes:
+            load_weights(model, saved / checkpoint.WEIGHTS)
+        engine = ds.build_engine(recipe, model, self.world)
+        if resumes:
+            load_optimizer(engine, saved / checkpoint.OPTIMIZER)
+        attempt = Attempt("attempt", recipe, folder, None, Progress(), None, True, 1, "", None, False, None)
+        watchdog, state = Watchdog(home, self.rank, 600.0), State(engine)
+        worker = loop.Worker(attempt, home, engine, Objective(engine, engine.device), watchdog)
+        found = []
+        for step, packs in list(enumerate(make_packs(), 1))[2 if resumes else 0 :]:
+            names = tuple((0, 0, index) for index in range(len(packs)))
+            tokens, trained = sum(len(pack.input_ids) for pack in packs), sum(pack.trained_tokens for pack in packs)
+            meta = StepMeta(names, tokens, trained, step / 4, Cursor(), (), 1, 1.0)
+            own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
+            metrics, _ = loop.train_step(worker, Batch(own, meta, 0.0), step)
+            found.append(metrics["train/loss"])
+            if step == 2:
+                writer.write_files(saved, state.snapshot({})())
+                torch.distributed.barrier()
+        watchdog.rest()
         return found
 
     def leak(self, recipe: Recipe) -> str:
@@ -374,6 +410,26 @@ def test_the_state_of_adapters_is_small_and_the_same_on_any_number_of_workers(ga
     assert adapters.total() <= whole.total() / 20
     for world, stages in ((1, (0,)), (2, (0, 1, 2, 3)), (4, (1, 3))):
         assert states(world, [(lora, stage) for stage in stages]) == [adapters] * len(stages)
+
+
+def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers(gang, make_recipe, tmp_path):
+    def losses(world: int, dropout: float, resumes: bool = False) -> list[float]:
+        folder = tmp_path / f"{world}-{dropout}"
+        folder.mkdir(exist_ok=True)
+        recipe = make_recipe(
+            lora={"rank": 4, "dropout": dropout}, scale={"num_workers": world}, engine={"zero_stage": 3},
+            optim={"learning_rate": 1e-2},
+        )  # fmt: skip
+        first, *others = gang(world, "losses", recipe, str(folder), resumes)
+        assert all(other == first for other in others)
+        return first
+
+    alone = losses(1, 0.5)
+    for world in (1, 2, 4):
+        found = losses(world, 0.5)
+        assert found == pytest.approx(alone, rel=1e-5, abs=0)
+        assert losses(world, 0.5, resumes=True) == found[2:], "bit for bit"
+    assert losses(1, 0.0)[1:] != pytest.approx(alone[1:], rel=1e-4, abs=0), "dropout changes what is compared"
 
 
 def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):

@@ -1,6 +1,5 @@
 """Kills, real ones: the run goes on, and its ledger and weights are those of a run that nobody touched."""
 
-import os
 import signal
 
 import pytest
@@ -22,41 +21,20 @@ def test_the_uninterrupted_run_is_a_fair_judge(quiet):
     assert ledger[-1]["loss"] < ledger[0]["loss"] - 0.5
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_repeated(quiet):
-    run = Training(quiet.recipe, "worker-killed", quiet.address)
-    run.wait_for_step(10)
-    run.workers()[1].kill()
-    assert run.wait() == 0, run.said()
-    assert run.result()["status"] == "finished" and len(run.attempts()) == 2
-    run.assert_same(quiet)
-
-
-def test_a_killed_command_goes_on_to_the_same_end(quiet):
-    run = Training(quiet.recipe, "command-killed", EMBEDDED)
-    run.wait_for_step(10)
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.process.wait()
-    run = Training(quiet.recipe, "command-killed", EMBEDDED)
-    assert run.wait() == 0, run.said()
-    first, second = (start["from_step"] for start in run.attempts())
-    assert first == 0 and second >= 4 and second % 4 == 0
-    run.assert_same(quiet)
-
-
-def test_all_weights_go_on_with_other_numbers_of_workers_in_the_same_steps(quiet):
-    run = Training(quiet.recipe, "elastic", quiet.address, "scale.num_workers=4")
+def test_a_run_whose_worker_is_killed_and_that_is_stopped_loses_and_repeats_nothing(quiet):
+    run = Training(quiet.recipe, "stopped", EMBEDDED)
     run.wait_for_step(6)
+    run.workers()[1].kill()
+    run.wait_for_step(16)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 75, run.said()
-    assert "the same command goes on from there" in run.said()
-    assert 6 <= len(run.ledger()) < len(quiet.ledger()) - 6
-    run = Training(quiet.recipe, "elastic", quiet.address, "scale.num_workers=1")
+    steps = len(run.ledger())
+    assert 16 <= steps < len(quiet.ledger()) and run.checkpoints()[-1] == steps
+    assert f"stopped after step {steps}, with a checkpoint; the same command goes on from there" in run.said()
+    assert "a worker was lost" in run.said()
+    run = Training(quiet.recipe, "stopped", EMBEDDED)
     assert run.wait() == 0, run.said()
-    losses, found_losses = ([line["loss"] for line in each.ledger()] for each in (quiet, run))
-    assert [{**line, "loss": 0} for line in run.ledger()] == [{**line, "loss": 0} for line in quiet.ledger()]
-    # Sums of float32 in another order differ by about 1e-7 after 48 steps, resumed or not (losses and weights alike).
-    assert found_losses == pytest.approx(losses, rel=1e-5, abs=0)
-    trained, weights = run.weights(), quiet.weights()
-    assert set(trained) == set(weights)
-    for name, tensor in weights.items():
-        assert (trained[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    assert run.result()["status"] == "finished"
+    first, second, third = (start["from_step"] for start in run.attempts())
+    assert first == 0 and 4 <= second < steps and third == steps
+    run.assert_same(quiet)

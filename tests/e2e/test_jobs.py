@@ -15,7 +15,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from burnish.train.checkpoint import newest
 from burnish.train.ledger import lines
 from burnish.train.shelf import Shelf
-from tests.conftest import ROOT, as_a_user, conversation, free_ports, write_rows
+from tests.conftest import ROOT, Training, as_a_user, conversation, free_ports, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -102,16 +102,20 @@ def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(jobs, mak
     assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
 
 
-def test_a_job_that_is_stopped_goes_on_as_the_same_job_and_is_exported(jobs, quiet):
-    arguments, run = f"{quiet.recipe} name=job", quiet.folder.with_name("job")
+def test_a_killed_command_goes_on_as_a_job_that_is_stopped_and_goes_on_and_is_exported(jobs, quiet):
+    command = Training(quiet.recipe, "job", quiet.address)
+    command.wait_for_step(6)
+    command.process.kill()
+    command.process.wait()
+    arguments, run = f"{quiet.recipe} name=job", command.folder
     job = jobs.submit("train", arguments)
-    jobs.wait_until(lambda: len(list(lines(run / "ledger.jsonl"))) >= 5, job)
+    jobs.wait_until(lambda: len(list(lines(run / "ledger.jsonl"))) >= 16 and len(command.attempts()) == 2, job)
     assert jobs.client.stop_job(job)
     status, logs, code = jobs.end_of(job)
     # Ray notes no exit code of a job that it was asked to stop.
     assert (status, code) == (JobStatus.STOPPED, None), logs
     ledger = list(lines(run / "ledger.jsonl"))
-    assert 5 <= len(ledger) < len(quiet.ledger()) and ledger == quiet.ledger()[: len(ledger)]
+    assert 16 <= len(ledger) < len(quiet.ledger()) and ledger == quiet.ledger()[: len(ledger)]
     assert f"stopped after step {len(ledger)}, with a checkpoint; the same command goes on from there" in logs
     assert newest(Shelf(str(run / "checkpoints"))).progress.step == len(ledger)
 
@@ -119,9 +123,9 @@ def test_a_job_that_is_stopped_goes_on_as_the_same_job_and_is_exported(jobs, qui
     assert (status, code) == (JobStatus.SUCCEEDED, 0), logs
     result = json.loads(logs.splitlines()[-1])
     assert (result["status"], result["steps"]) == ("finished", len(quiet.ledger()))
-    starts = [line["from_step"] for line in lines(run / "attempts.jsonl") if line["event"] == "start"]
-    assert starts == [0, len(ledger)]
-    assert list(lines(run / "ledger.jsonl")) == quiet.ledger()
+    first, second, third = (start["from_step"] for start in command.attempts())
+    assert first == 0 and second >= 4 and second % 4 == 0 and third == len(ledger)
+    command.assert_same(quiet)
 
     status, logs, _ = jobs.end_of(jobs.submit("export", str(run)))
     assert status == JobStatus.SUCCEEDED, logs
