@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.errors import DataError, RecipeError, one_line
+from burnish.train.model import check_loaded
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Chat:
         if not tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template, so there is no way to chat")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
-        model: Any = _loaded(AutoModelForCausalLM, base, use_safetensors=True, dtype="auto")
+        options = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
+        model, found = _loaded(AutoModelForCausalLM, base, **options)
+        check_loaded(model, found, base)
         if adapter.exists():
             from peft import PeftModel
 

@@ -17,8 +17,9 @@ from burnish.data.contract import Contract, difference
 from burnish.data.tokenizer import load_template
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
+from burnish.train.adapters import with_adapters
 from burnish.train.home import Home
-from burnish.train.model import load_weights, model_digest, with_adapters
+from burnish.train.model import load_weights, model_digest
 
 
 @dataclass(frozen=True)

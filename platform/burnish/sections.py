@@ -80,11 +80,16 @@ class LoraSpec(Spec):
     rank: int = Field(16, ge=1)
     """Rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
-    """Scale of the adapter's output; the factor applied is alpha / rank."""
+    """Scale of the adapter's output; the factor applied is alpha / rank, and alpha / sqrt(rank) for rslora."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter: all of them, or a list of module names."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora keeps the size of an adapter's output as its rank grows; dora trains the lengths of the weights' rows apart
+    from their directions, which takes more time and memory."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapters and exported with them, for example embed_tokens and lm_head."""
 
 
 class TemplateSpec(Spec):

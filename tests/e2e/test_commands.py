@@ -44,16 +44,16 @@ def test_what_a_library_prints_is_no_part_of_the_result(capsys, recipe_file, mon
 
 
 @pytest.mark.parametrize(
-    ("architecture", "template", "adapter", "workers", "stage", "dtype"),
+    ("architecture", "template", "lora", "workers", "stage", "dtype"),
     [
-        ("llama", LLAMA3, True, 2, 3, "bfloat16"),
-        ("qwen3", CHATML, False, 2, 2, "float32"),
-        ("mistral", CHATML, True, 1, 0, "float32"),
-        ("gemma", LLAMA3, False, 1, 3, "bfloat16"),
+        ("llama", LLAMA3, {"rank": 4, "variant": "rslora"}, 2, 3, "bfloat16"),
+        ("qwen3", CHATML, None, 2, 2, "float32"),
+        ("mistral", CHATML, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head"]}, 1, 0, "float32"),
+        ("gemma", LLAMA3, None, 1, 3, "bfloat16"),
     ],
 )
 def test_a_model_of_ones_own_is_trained_exported_and_answers(
-    cluster, capsys, tmp_path, recipe_file, architecture, template, adapter, workers, stage, dtype
+    cluster, capsys, tmp_path, recipe_file, architecture, template, lora, workers, stage, dtype
 ):
     base = write_model(tmp_path / "base", architecture, template)
     rows = [conversation(i, 1 + i % 2) for i in range(24)]
@@ -61,7 +61,7 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
     held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(30, 36)])
     path = recipe_file(
         model={"path": str(base), "dtype": dtype},
-        lora={"rank": 4, "alpha": 8} if adapter else None,
+        lora={**lora, "alpha": 8} if lora else None,
         data={"train": [{"path": str(tmp_path / "rows.parquet")}], "eval": [{"path": str(held_out)}]},
         optim={"learning_rate": 1e-2},
         train={"epochs": 2, "eval_every_steps": 2},
@@ -88,7 +88,7 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
 
     code, again, _ = run(capsys, "train", path)
     assert (code, json.loads(again)) == (0, result), "a finished run is not trained again"
-    check_export(capsys, folder, base, adapter, 1e-4 if dtype == "float32" else 5e-2)
+    check_export(capsys, folder, base, bool(lora), 1e-4 if dtype == "float32" else 5e-2)
 
 
 def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: float) -> None:

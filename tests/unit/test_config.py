@@ -92,7 +92,15 @@ def test_differences_are_dotted_paths():
     found = differences(one, other)
     assert found["train.epochs"] == (1, 2)
     assert found["lora.rank"] == (16, None)
-    assert set(found) == {"train.epochs", "lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules"}
+    assert set(found) == {
+        "train.epochs",
+        "lora.rank",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.target_modules",
+        "lora.variant",
+        "lora.modules_to_save",
+    }
 
 
 def test_paths_are_made_absolute_for_workers(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ LAYERS = {
         "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",
     },
     2: {
-        "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
+        "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.tombstone", "train.watchdog", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
@@ -25,7 +25,7 @@ LAYERS = {
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"train.engine"},
-    "peft": {"train.model", "chat"},
+    "peft": {"train.adapters", "chat"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.attempts", "train.split", "train.failure"},

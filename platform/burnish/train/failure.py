@@ -4,13 +4,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import TrainingFailedError
 
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
 from burnish.errors import BurnishError, DataError, TrainingError
+from burnish.train.model import unembedded
 
 _FEWEST_TOKENS = 64
 """Trained tokens below which the loss of a step may be anything."""
@@ -33,6 +36,20 @@ def check_loss(recipe: Recipe, step: int, meta: StepMeta, loss: float, grad_norm
         f"are {packs}. Lower optim.learning_rate, now {recipe.optim.learning_rate:g}, or raise optim.warmup_steps; the "
         "checkpoints before it stand"
     )
+
+
+def check_tokens(input_ids: NDArray[np.int32], meta: StepMeta, embedded: int) -> None:
+    """Raises DataError, with the packs of the step, where the model has no embedding of a token.
+
+    The first rows of each file are checked before a worker starts; a GPU would end at such a token without saying which.
+    """
+    token = unembedded(input_ids, embedded)
+    if token is not None:
+        raise DataError(
+            f"the token {token} is in one of the packs (epoch, window, index) {', '.join(map(str, meta.packs))}, and the "
+            f"model has embeddings of {embedded:,} tokens: take the tokenizer that it was made with, or a model resized for "
+            "this one, under a new name"
+        )
 
 
 @contextmanager

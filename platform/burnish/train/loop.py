@@ -25,7 +25,7 @@ from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
 from burnish.train.batches import Batch, batches
-from burnish.train.failure import check_loss, memory_advice
+from burnish.train.failure import check_loss, check_tokens, memory_advice
 from burnish.train.home import Home
 from burnish.train.ledger import Ledger
 from burnish.train.model import build_model
@@ -141,6 +141,7 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     grad_norm = 0.0
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
         for number, (input_ids, labels, seq_lens) in enumerate(batch.packs):
+            check_tokens(input_ids, meta, ds.vocabulary(engine))
             # Dropout is a function of the pack's place in the run, whatever worker trains it and however often.
             torch.manual_seed(seed_of(recipe.train.seed, step, dist.get_rank() + number * dist.get_world_size()))
             loss = worker.objective.loss_sum(input_ids, labels, seq_lens)
@@ -181,6 +182,7 @@ def evaluate(worker: Worker, records: "Records | None", step: int) -> dict[str, 
         held_out = batches(ray.train.get_dataset_shard("eval"), share, worker.attempt.patience)
         for batch in worker.watchdog.patient(held_out):
             for input_ids, labels, seq_lens in batch.packs:
+                check_tokens(input_ids, batch.meta, ds.vocabulary(engine))
                 shared[0] += worker.objective.loss_sum(input_ids, labels, seq_lens)
                 worker.watchdog.beat()
             shared[1] += batch.meta.trained_tokens / dist.get_world_size()

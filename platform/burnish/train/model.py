@@ -1,4 +1,4 @@
-"""The model of a recipe: its folder checked, its cost, its weights with or without adapters."""
+"""The model of a recipe: its folder checked, its cost, its weights, with adapters where the recipe has them."""
 
 import hashlib
 import json
@@ -7,13 +7,15 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from burnish.config import Recipe
 from burnish.data.balance import Cost
 from burnish.errors import RecipeError, one_line
-from burnish.sections import LoraSpec
+from burnish.train.adapters import check_adapters, with_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,8 @@ def check_model(recipe: Recipe) -> None:
         if not (path / "config.json").exists():
             raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
         _check_files(path)
-        _check_targets(recipe, path)
+        if recipe.lora is not None:
+            check_adapters(recipe.lora, shapes(path))
     config = _text_configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
@@ -69,20 +72,6 @@ def _check_files(folder: Path) -> None:
                 raise RecipeError(
                     f"model.path: {index} names {name!r}, which is no file of this folder; write its bare name"
                 )
-
-
-def _check_targets(recipe: Recipe, folder: Path) -> None:
-    """Raises RecipeError where a target module is the name of no linear layer of the model."""
-    targets = recipe.lora.target_modules if recipe.lora else "all-linear"
-    matrices = [name.removesuffix(".weight") for name, shape in shapes(folder).items() if len(shape) == 2]
-    if isinstance(targets, str) or not matrices:
-        return
-    known = sorted({name.split(".")[-1] for name in matrices if "embed" not in name})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in matrices):
-            raise RecipeError(
-                f"lora.target_modules: the model has no {target!r}; write all-linear or some of {', '.join(known)}"
-            )
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
@@ -124,6 +113,17 @@ def model_digest(recipe: Recipe) -> str | None:
                 stream.seek(block * (size - (64 << 10)) // 63)
                 digest.update(stream.read(64 << 10))
     return digest.hexdigest()
+
+
+def embedded_tokens(recipe: Recipe) -> int:
+    """How many tokens the model has embeddings of; ids lie below."""
+    return int(_text_configuration(recipe).vocab_size)
+
+
+def unembedded(input_ids: NDArray[np.int32], embedded: int) -> int | None:
+    """One of these tokens that a model with embeddings of so many does not have, or None."""
+    largest = int(input_ids.max(initial=-1))
+    return largest if largest >= embedded else None
 
 
 def pack_cost(recipe: Recipe) -> Cost:
@@ -229,7 +229,8 @@ def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
 def load_weights(recipe: Recipe, **options: Any) -> Any:
     """The base model in the recipe's dtype, its weights from safetensors alone: a pickle can run code when it is read.
 
-    Raises RecipeError where there are none, or where the model needs code that the recipe does not trust.
+    Raises RecipeError where there are none, where one is missing or no number, or where the model needs code that the recipe
+    does not trust.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -237,15 +238,38 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
     # Otherwise a Hub model without safetensors would be read from a pull request that a bot opened there.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             recipe.located().model.path,
             **recipe.model.loading(),
             use_safetensors=True,
             dtype=getattr(torch, recipe.model.dtype),
+            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
+    check_loaded(model, found, f"model.path: {recipe.model.path}")
+    return model
+
+
+def check_loaded(model: Any, found: dict[str, Any], place: str) -> None:
+    """Raises RecipeError where a weight was in none of the files, so that it is random, or is no number.
+
+    `found` is what transformers says of the loading.
+    """
+    import torch
+
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        raise RecipeError(
+            f"{place} lacks {len(found['missing_keys'])} of the model's weights, {names}; copy it again, whole"
+        )
+    for name, weight in model.named_parameters():
+        # Whatever is not finite shows in the sum, which makes no copy.
+        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+            raise RecipeError(
+                f"{place} has numbers in {name} that are none (NaN or infinite); copy it again, or take another"
+            )
 
 
 def _check_class(recipe: Recipe, config: Any) -> None:
@@ -258,30 +282,6 @@ def _check_class(recipe: Recipe, config: Any) -> None:
         raise RecipeError(
             f"model.path: {recipe.model.path} is a {found.__name__}, which {why}, so packed samples would leak"
         )
-
-
-def with_adapters(model: Any, spec: LoraSpec) -> Any:
-    """The model with fresh LoRA adapters in its own dtype; DeepSpeed keeps the float32 masters."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = spec.target_modules
-    tied = {"lm_head", "embed_tokens", "wte"} & set([] if isinstance(targets, str) else targets)
-    if tied and model.config.get_text_config().tie_word_embeddings:
-        raise RecipeError(
-            f"lora.target_modules: {', '.join(sorted(tied))} shares its weight between input and output in this model, "
-            "so a merged adapter would be another model; take it out"
-        )
-    lora = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
 
 
 def _configuration(recipe: Recipe) -> Any:

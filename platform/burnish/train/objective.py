@@ -30,6 +30,8 @@ class Objective:
         self._model, self._device = model, device
         module: Any = getattr(model, "module", model)
         head = (module.get_base_model() if hasattr(module, "get_base_model") else module).get_output_embeddings()
+        if hasattr(head, "modules_to_save"):  # PEFT's copy of a head that is trained whole beside adapters
+            head = head.modules_to_save["default"]
         plain = type(head) is nn.Linear and head.weight.dtype != torch.float16
         self._head: nn.Linear | None = head if plain and self._gives_out(module, head) else None
 

@@ -25,7 +25,7 @@ from burnish.tracking import DELIVERED
 from burnish.train.attempt import STOP_FILE
 from burnish.train.home import Home
 from burnish.train.ledger import check_refused, replace_text
-from burnish.train.model import check_model, model_digest, pack_cost
+from burnish.train.model import check_model, embedded_tokens, model_digest, pack_cost, unembedded
 
 CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
@@ -91,14 +91,17 @@ class _Head:
 def _read_head(name: str, index: Index, template: Template, recipe: Recipe) -> _Head:
     """Renders the first rows of each file; raises DataError where none can be trained or too many are refused."""
     head = _Head()
+    embedded = embedded_tokens(recipe)
     for file in dict.fromkeys(part.name for part in index.slices):
         parts = [part for part in index.slices if part.name == file]
         heads = ((part, position, row) for part in parts for position, row in sources.read(part))
-        _read_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe, head)
+        _read_rows(f"{name}: {file}", islice(heads, HEAD_ROWS), template, recipe, embedded, head)
     return head
 
 
-def _read_rows(name: str, heads: Iterable[tuple[Slice, int, Any]], template: Template, recipe: Recipe, head: _Head) -> None:
+def _read_rows(
+    name: str, heads: Iterable[tuple[Slice, int, Any]], template: Template, recipe: Recipe, embedded: int, head: _Head
+) -> None:
     codes: Counter[str] = Counter()
     first: tuple[str, Refused] | None = None
     rows = 0
@@ -112,6 +115,13 @@ def _read_rows(name: str, heads: Iterable[tuple[Slice, int, Any]], template: Tem
             if first is None or (first[1].code == "overlong" and refusal.code != "overlong"):
                 first = (place, refusal)
             continue
+        for sample in samples:
+            token = unembedded(sample.input_ids, embedded)
+            if token is not None:
+                raise RecipeError(
+                    f"model.path: {place} has the token {template.decode([token])!r} ({token}), and the model has "
+                    f"embeddings of {embedded:,} tokens: take the tokenizer that it was made with, or one resized for this"
+                )
         head.tokens += sum(map(len, samples))
         head.trained += sum(int(sample.trained.sum()) for sample in samples)
         if len(head.digests) < CONTRACT_ROWS:

@@ -1,5 +1,6 @@
 """What ends a run and what starts another attempt."""
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -7,7 +8,7 @@ from ray.train import WorkerGroupError
 
 from burnish.data.order import Cursor, StepMeta
 from burnish.errors import BurnishError, DataError, InfrastructureError, TrainingError
-from burnish.train.failure import check_loss, decide, memory_advice
+from burnish.train.failure import check_loss, check_tokens, decide, memory_advice
 
 
 @pytest.fixture
@@ -120,3 +121,13 @@ def test_no_memory_says_what_was_tried_and_what_to_write_and_other_errors_pass(m
         torch.empty(1 << 50)
     with pytest.raises(RuntimeError, match="odd"), memory_advice(recipe, 3, 60):
         raise RuntimeError("odd")
+
+
+def test_a_token_without_an_embedding_is_named_with_its_packs():
+    meta = StepMeta(((0, 1, 2),), 3, 3, 0.5, Cursor(), (), 1, 1.0)
+    check_tokens(np.array([1, 2, 9], np.int32), meta, 10)
+    check_tokens(np.array([], np.int32), meta, 10)
+    with pytest.raises(
+        DataError, match=r"the token 10 is in one of the packs .* \(0, 1, 2\), and the model has embeddings of 10 "
+    ):
+        check_tokens(np.array([1, 10, 9], np.int32), meta, 10)

@@ -22,7 +22,7 @@ from burnish.preview import rows
 from burnish.train.attention import SDPA
 from burnish.train.model import build_model, check_model, cost, head_widths, load_weights, pack_cost, shapes
 from burnish.verify import verify
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_model
 from tests.unit.test_config import SMALL
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -148,6 +148,31 @@ def test_weights_in_a_pickle_are_refused_and_not_read(model_folder, make_recipe,
     with pytest.raises(RecipeError, match="without code or pickles"):
         Chat.open(folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("broken", ["gone", "nan", "infinite"])
+def test_a_weight_that_is_missing_or_no_number_is_named(make_recipe, tmp_path, broken):
+    # transformers draws what is missing at random, and warns.
+    folder, name = write_model(tmp_path / "model"), "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    if broken == "gone":
+        del tensors[name]
+    else:
+        tensors[name][3, 4] = float("nan") if broken == "nan" else float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=rf"model.path: .* {name}"):
+        build_model(make_recipe(model={"path": str(folder)}), cuda=False)
+    with pytest.raises(RecipeError, match=name):
+        Chat.open(folder)
+
+
+def test_large_numbers_of_sixteen_bits_are_numbers(make_recipe, tmp_path):
+    folder = write_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = 6e4  # their sum is beyond float16
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = build_model(make_recipe(model={"path": str(folder), "dtype": "float16"}), cuda=False)
+    assert float(model.model.norm.weight[0].detach()) == pytest.approx(6e4, rel=1e-3)
 
 
 def test_an_adapter_in_a_pickle_is_refused(model_folder, tmp_path):

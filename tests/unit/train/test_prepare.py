@@ -13,8 +13,8 @@ import yaml
 from burnish.data import pipeline
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
+from burnish.train.adapters import with_adapters
 from burnish.train.home import Home
-from burnish.train.model import with_adapters
 from burnish.train.prepare import (
     check_same_filters,
     check_same_recipe,
@@ -140,6 +140,22 @@ def test_a_run_under_a_clock_keeps_the_day_on_which_it_started(make_recipe, tmp_
     assert prepare(recipe).template.decode(rows[0][0].input_ids).startswith("03 Feb 2020")
     copy = pickle.loads(pickle.dumps(prepare(recipe).template))
     assert copy.decode(pipeline.render_row(conversation(0), copy, recipe)[0].input_ids).startswith("03 Feb 2020")
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_named_with_its_row(make_recipe, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = write_model(tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<|bronze|>", "<|tin|>"])
+    tokenizer.save_pretrained(folder)
+    recipe = make_recipe(model={"path": str(folder)})
+    prepare(recipe)  # no row has one of them
+    rows = [conversation(0), {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<|tin|>"}]}]
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(RecipeError, match=rf"train.jsonl#1 has the token '<\|tin\|>' \({size + 1}\), .* of {size} tokens"):
+        prepare(recipe)
 
 
 def test_the_contract_remembers_the_first_rows(make_recipe, tmp_path):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from burnish.errors import TrainingError
 from burnish.sections import LoraSpec
 from burnish.train import objective
+from burnish.train.adapters import with_adapters
 from burnish.train.attention import SDPA, register
-from burnish.train.model import with_adapters
 from burnish.train.self_test import check
 from tests.conftest import tiny_config
 

@@ -1,0 +1,88 @@
+"""Adapters: what a recipe names for them, checked against the model, and a model that has them (peft)."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from burnish.errors import RecipeError, one_line
+from burnish.sections import LoraSpec
+
+
+def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> None:
+    """Raises RecipeError where a name of the recipe is that of no module of a model whose tensors have these shapes.
+
+    Nothing is checked where no tensor is a plain matrix, as in quantised files.
+    """
+    matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    if not matrices:
+        return
+    linear = [name for name in matrices if "embed" not in name]
+    for target in () if isinstance(spec.target_modules, str) else spec.target_modules:
+        if not any(_is_named(name, target) for name in matrices):
+            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            raise RecipeError(f"lora.target_modules: the model has no {target!r}; write all-linear or some of {known}")
+    modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+    _check_saved(spec, modules, [name for name in linear if not _is_named(name, "lm_head")])
+
+
+def with_adapters(model: Any, spec: LoraSpec) -> Any:
+    """The model with fresh adapters in its own dtype; DeepSpeed keeps the float32 masters. Only what they are is trained.
+
+    Raises RecipeError for names that the model does not have, and for a weight that input and output share.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    _check_untied(model, spec)
+    modules = [path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    head = model.get_output_embeddings()
+    linear = [path for path, each in model.named_modules() if isinstance(each, torch.nn.Linear) and each is not head]
+    _check_saved(spec, modules, linear)
+    # Whole paths: PEFT takes every module whose path ends with these letters, and passes over names that nothing has.
+    saved = [path for path in modules if any(_is_named(path, name) for name in spec.modules_to_save)]
+    lora = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.variant == "rslora",
+        use_dora=spec.variant == "dora",
+        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
+        modules_to_save=saved or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
+
+
+def _check_untied(model: Any, spec: LoraSpec) -> None:
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    targets = () if isinstance(spec.target_modules, str) else spec.target_modules
+    for key, names in (("target_modules", targets), ("modules_to_save", spec.modules_to_save)):
+        tied = {"lm_head", "embed_tokens", "wte"} & {name.split(".")[-1] for name in names}
+        if tied:
+            raise RecipeError(
+                f"lora.{key}: {', '.join(sorted(tied))} shares its weight between input and output in this model, "
+                "so what is merged would be another model; take it out"
+            )
+
+
+def _check_saved(spec: LoraSpec, modules: Collection[str], linear: Collection[str]) -> None:
+    """Raises RecipeError for a module to save that the model does not have, or that gets an adapter, being linear."""
+    targets = spec.target_modules
+    for name in spec.modules_to_save:
+        found = [path for path in modules if _is_named(path, name)]
+        if not found:
+            known = ", ".join(sorted({path.split(".")[-1] for path in modules}))
+            raise RecipeError(f"lora.modules_to_save: the model has no {name!r}; write some of {known}")
+        adapted = linear if isinstance(targets, str) else [p for p in found if any(_is_named(p, each) for each in targets)]
+        if set(found) & set(adapted):
+            raise RecipeError(
+                f"lora.modules_to_save: {name!r} has an adapter already; take it out here, or out of lora.target_modules"
+            )
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Whether a module's path ends with a name, in whole components: `norm` is no name of `input_layernorm`."""
+    return path == name or path.endswith(f".{name}")

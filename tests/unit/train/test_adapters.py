@@ -1,0 +1,113 @@
+"""Adapters are what the recipe names: nothing else is trained, and a name that nothing has is refused."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from burnish.errors import RecipeError
+from burnish.plan import memory
+from burnish.sections import LoraSpec
+from burnish.train.adapters import check_adapters, with_adapters
+from burnish.train.attention import SDPA, register
+from burnish.train.model import shapes
+from burnish.train.objective import Objective
+from tests.conftest import write_model
+
+
+def model(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def trained(made) -> set[str]:
+    return {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(("variant", "factor"), [("lora", 32 / 4), ("rslora", 32 / 2), ("dora", 32 / 4)])
+def test_variants_scale_what_they_say_and_keep_the_models_dtype(model_folder, variant, factor):
+    made = with_adapters(model(model_folder, torch.bfloat16), LoraSpec(rank=4, variant=variant))
+    layer = made.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling == {"default": factor}
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    kinds = {name.split(".")[-3 if name.endswith(".weight") else -2] for name in trained(made)}
+    assert kinds == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if variant == "dora" else set())
+
+
+def test_dora_is_the_published_formula(model_folder):
+    made = with_adapters(model(model_folder), LoraSpec(rank=4, variant="dora"))
+    layer = made.get_base_model().model.layers[0].mlp.up_proj
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+            parameter.copy_(torch.randn_like(parameter))
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.mul_(1.5)
+        # Rows of W + s B A at the lengths m (DoRA, arXiv 2402.09353, equation 5).
+        directed = layer.base_layer.weight + 8.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        wanted = magnitude[:, None] * directed / directed.norm(dim=1, keepdim=True)
+        x = torch.randn(3, directed.shape[1])
+        assert torch.allclose(layer(x), x @ wanted.T, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_that_are_named_are_trained_whole_and_no_others(model_folder):
+    made = with_adapters(model(model_folder), LoraSpec(rank=4, modules_to_save=("norm", "lm_head", "embed_tokens")))
+    whole = {name for name in trained(made) if "lora_" not in name}
+    inside = ("model.norm", "lm_head", "model.embed_tokens")
+    assert whole == {f"base_model.model.{name}.modules_to_save.default.weight" for name in inside}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"modules_to_save": ("lm_haed",)}, r"lora.modules_to_save: the model has no 'lm_haed'; write some of .*lm_head"),
+        ({"modules_to_save": ("q_proj",)}, r"lora.modules_to_save: 'q_proj' has an adapter already"),
+        ({"modules_to_save": ("self_attn.q_proj",), "target_modules": ("q_proj",)}, r"'self_attn.q_proj' has an adapter"),
+        ({"modules_to_save": ("proj",)}, r"the model has no 'proj'"),
+        ({"target_modules": ("qproj",)}, r"lora.target_modules: .*qproj"),
+    ],
+)
+def test_names_that_the_model_does_not_have_or_names_twice_are_refused(model_folder, keys, message):
+    spec = LoraSpec(rank=4, **keys)
+    with pytest.raises(RecipeError, match=message):
+        check_adapters(spec, shapes(model_folder))  # before a worker starts, from the headers of the files
+    with pytest.raises(RecipeError, match=message):
+        with_adapters(model(model_folder), spec)
+
+
+def test_what_may_be_named_is_not_refused(model_folder):
+    for spec in (
+        LoraSpec(rank=4, modules_to_save=("lm_head", "embed_tokens", "input_layernorm")),
+        LoraSpec(rank=4, modules_to_save=("o_proj",), target_modules=("q_proj", "mlp.up_proj")),
+    ):
+        check_adapters(spec, shapes(model_folder))
+        assert trained(with_adapters(model(model_folder), spec))
+
+
+def test_a_module_that_shares_its_weight_is_not_trained_whole(tmp_path):
+    folder = write_model(tmp_path / "tied", "gemma")
+    for name in ("embed_tokens", "model.embed_tokens"):
+        with pytest.raises(RecipeError, match=r"lora.modules_to_save: .*embed_tokens.* shares its weight"):
+            with_adapters(model(folder), LoraSpec(rank=2, modules_to_save=(name,)))
+
+
+def test_a_head_that_is_trained_whole_beside_adapters_has_its_loss_in_chunks(model_folder):
+    assert register("sdpa", cuda=False) == SDPA
+    made = with_adapters(model(model_folder), LoraSpec(rank=4, modules_to_save=("lm_head",)))
+    made.get_base_model().set_attn_implementation(SDPA)
+    ids = np.arange(3, 40, dtype=np.int32)
+    found = []
+    for whole in (False, True):
+        objective = Objective(made, torch.device("cpu"))
+        assert objective._head is made.get_base_model().lm_head.modules_to_save["default"]
+        objective._head = None if whole else objective._head
+        loss = objective.loss_sum(ids, ids, np.array([20, 17], np.int32))
+        found.append((loss.detach(), *torch.autograd.grad(loss, [p for p in made.parameters() if p.requires_grad])))
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found, strict=True))
+    assert any(bool(gradient.abs().max() > 0) for gradient in found[0][1:])
+
+
+def test_a_plan_counts_what_is_trained(make_recipe, model_folder):
+    for lora in ({"rank": 4}, {"rank": 4, "variant": "dora"}, {"rank": 4, "modules_to_save": ["lm_head", "norm"]}):
+        recipe = make_recipe(lora=lora)
+        made = with_adapters(model(model_folder), recipe.lora)
+        assert memory(recipe)["gradients"] == 4 * sum(p.numel() for p in made.parameters() if p.requires_grad)
