@@ -267,9 +267,7 @@ def check_loaded(model: Any, found: dict[str, Any], place: str) -> None:
     for name, weight in model.named_parameters():
         # Whatever is not finite shows in the sum, which makes no copy.
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
-            raise RecipeError(
-                f"{place} has numbers in {name} that are none (NaN or infinite); copy it again, or take another"
-            )
+            raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
 
 
 def _check_class(recipe: Recipe, config: Any) -> None:
