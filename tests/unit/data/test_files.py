@@ -172,3 +172,13 @@ def test_a_saved_data_set_that_names_files_outside_of_its_folder_is_refused(tmp_
     state.write_text(json.dumps(tree))
     with pytest.raises(DataError, match="lies outside of it"):
         rows_of(path=str(tmp_path / "saved"), split="../other" if way == "split" else "train")
+
+
+def test_a_file_that_is_cut_after_it_was_looked_at_is_not_what_it_was(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (part,) = sources.index([SourceSpec(path=str(path))], 1024).slices
+    assert len(list(sources.read(part))) == len(ROWS)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DataError, match=rf"rows 0 to {len(ROWS) - 1} are not what they were"):
+        list(sources.read(part))
