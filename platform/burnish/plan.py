@@ -13,6 +13,7 @@ from burnish.data import order, pipeline, quality, survey
 from burnish.data.order import Cursor
 from burnish.data.quality import Finding
 from burnish.data.stages import Patience, Stages
+from burnish.train.adapters import num_weights
 from burnish.train.cluster import connected, role_labels
 from burnish.train.model import shapes
 from burnish.train.prepare import prepare
@@ -103,14 +104,7 @@ def memory(recipe: Recipe) -> dict[str, int] | None:
     if not found:
         return None
     weights = sum(int(np.prod(shape)) for shape in found.values())
-    matrices = [shape for name, shape in found.items() if len(shape) == 2 and "embed" not in name and "lm_head" not in name]
-    adapter = 0
-    if recipe.lora:
-        # dora adds the length of each row of a matrix.
-        rows = sum(shape[0] for shape in matrices) if recipe.lora.variant == "dora" else 0
-        saved = [name for name in found if name.split(".")[-2] in recipe.lora.modules_to_save]
-        adapter = recipe.lora.rank * sum(sum(shape) for shape in matrices) + rows
-        adapter += sum(int(np.prod(found[name])) for name in saved)
+    adapter = num_weights(recipe.lora, found) if recipe.lora else 0
     trained = adapter if recipe.lora else weights
     size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.widths()[0]
     states = 8 if size == 4 else 12

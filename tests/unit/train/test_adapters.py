@@ -107,7 +107,12 @@ def test_a_head_that_is_trained_whole_beside_adapters_has_its_loss_in_chunks(mod
 
 
 def test_a_plan_counts_what_is_trained(make_recipe, model_folder):
-    for lora in ({"rank": 4}, {"rank": 4, "variant": "dora"}, {"rank": 4, "modules_to_save": ["lm_head", "norm"]}):
+    for lora in (
+        {"rank": 4},
+        {"rank": 4, "target_modules": ["q_proj", "mlp.up_proj"]},
+        {"rank": 4, "variant": "dora"},
+        {"rank": 4, "modules_to_save": ["lm_head", "model.norm"]},
+    ):
         recipe = make_recipe(lora=lora)
         made = with_adapters(model(model_folder), recipe.lora)
         assert memory(recipe)["gradients"] == 4 * sum(p.numel() for p in made.parameters() if p.requires_grad)
