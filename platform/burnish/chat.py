@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.errors import DataError, RecipeError, one_line
-from burnish.train.model import check_loaded
+from burnish.train.adapters import with_saved_adapters
+from burnish.train.model import check_loaded, model_digest
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Chat:
         if not tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template, so there is no way to chat")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
+        if adapter.exists():
+            _check_base(folder, base)
         options = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
         model, found = _loaded(AutoModelForCausalLM, base, **options)
         check_loaded(model, found, base)
         if adapter.exists():
-            from peft import PeftModel
-
             if not (folder / "adapter_model.safetensors").exists():
                 raise RecipeError(f"{folder}: has no adapter_model.safetensors, and an adapter is read from no other file")
-            model = PeftModel.from_pretrained(model, str(folder))
+            model = with_saved_adapters(model, folder)
         contract = folder / "contract.json"
         known = json.loads(contract.read_text()) if contract.exists() else {"kwargs": {}}
         if "stop_ids" in known:
@@ -82,6 +83,16 @@ class Chat:
             answer = self.answer(line.strip(), history)
             history += [{"role": "user", "content": line.strip()}, {"role": "assistant", "content": answer}]
             print(answer, file=sink)
+
+
+def _check_base(folder: Path, base: str) -> None:
+    """Raises RecipeError where a local base model is not the one that an exported adapter was trained on."""
+    origin = folder / "export.json"
+    trained_on = json.loads(origin.read_text()).get("base_sha256") if origin.exists() else None
+    if trained_on is not None and model_digest(base) not in (trained_on, None):
+        raise RecipeError(
+            f"{folder}: its adapter was trained on another base model than {base} now holds; put the old files back"
+        )
 
 
 def _loaded(kind: Any, place: str, **options: Any) -> Any:

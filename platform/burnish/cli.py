@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run folder, for example runs/quickstart")
     export.add_argument("folder", nargs="?", help="new folder; default <run>/export")
     export.add_argument("--merge", action="store_true", help="add the adapter into the base weights")
+    export.add_argument("--register", metavar="NAME", help="also register it in MLflow as a version of this model")
+    export.add_argument("--alias", default="candidate", metavar="ALIAS", help="that names the version; default candidate")
     export.set_defaults(verb=_export)
 
     report = verbs.add_parser("report", help="Write a run's report.", description="Write a run's report as one web page.")
@@ -190,13 +192,16 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from burnish.export import export
+    from burnish.export import export, register
 
     if arguments.folder is None and "://" in arguments.run:
         raise RecipeError(f"{arguments.run}: a model is exported to a folder of this machine; name one behind the run")
     folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
     with _libraries():
         exported = export(arguments.run, folder, merge=arguments.merge)
+        if arguments.register:
+            version = register(arguments.run, exported, arguments.register, arguments.alias)
+            print(f"burnish export: version {version} of {arguments.register} is now {arguments.alias}", file=sys.stderr)
     print(exported)
     return 0
 

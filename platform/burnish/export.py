@@ -10,38 +10,66 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from burnish import tracking
+from burnish.card import card
 from burnish.config import Recipe, load
 from burnish.data.contract import Contract, difference
 from burnish.data.tokenizer import load_template
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
-from burnish.train.adapters import with_adapters
+from burnish.train.adapters import with_adapters, with_saved_adapters
 from burnish.train.home import Home
 from burnish.train.model import load_weights, model_digest
+
+_NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""How far logits of the same weights may lie apart, relative to their norm: sums in another order, and for a merged adapter
+the rounding of each merged weight."""
+_PROBES = 3
+"""Probes of the contract whose logits are compared."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an export came from; export.json in its folder."""
+    """Where an export came from; export.json in its folder. `base_sha256` is `model_digest` of a local base model."""
 
     run: str
     step: int
     behaviour_sha256: str
     merged: bool
+    base_sha256: str | None
 
 
 def export(run: str, folder: Path, merge: bool = False) -> Path:
     """Writes the newest checkpoint's model to a new folder: all weights, the adapter, or the adapter merged.
 
     The folder holds safetensors, tokenizer, chat_template.jinja equal to the one trained, generation config with the stop
-    tokens, contract.json and export.json; it appears whole or not at all. The same export again is left as it is.
-    Raises RecipeError where there is no run, or another thing in the way.
+    tokens, model card, contract.json and export.json; it appears whole or not at all, and only after plain transformers (and
+    peft) loaded it to the same weights and logits. The same export again is left as it is.
+    Raises RecipeError where there is no run, or another thing in the way, and BurnishError where what it wrote is not good.
     """
     home = Home.at(run).arrive()
     try:
         return _export(home, folder, merge)
+    finally:
+        home.leave()
+
+
+def register(run: str, folder: Path, name: str, alias: str) -> str:
+    """Registers an exported folder in MLflow, under the run that trained it; the version that the alias then names.
+
+    Raises RecipeError where the run has no MLflow or the folder is no export of it, and what `tracking.register` raises.
+    """
+    home, origin = Home.at(run).arrive(), _origin(folder)
+    try:
+        recipe, known = load(home.folder / "recipe.yaml"), home.folder / "mlflow.json"
+        if origin is None or origin.run != recipe.name:
+            raise RecipeError(f"--register {name}: {folder} is no export of {run}")
+        if recipe.tracking.uri is None or not known.exists():
+            raise RecipeError(f"--register {name}: {run} has no run in MLflow (tracking.uri: {recipe.tracking.uri})")
+        place = f"model-step-{origin.step}{'-merged' if origin.merged else ''}"
+        return tracking.register(recipe, json.loads(known.read_text())["run_id"], folder, name, alias, place)
     finally:
         home.leave()
 
@@ -60,7 +88,8 @@ def _export(home: Home, folder: Path, merge: bool) -> Path:
     _check_unchanged(recipe, contract, found, home.folder)
     if merge and recipe.lora is None:
         raise RecipeError(f"{run}: trained every weight, so there is no adapter to merge; leave --merge out")
-    origin = Origin(recipe.name, found.progress.step, contract.behaviour_sha256, merge)
+    base = model_digest(recipe.model.path)
+    origin = Origin(recipe.name, found.progress.step, contract.behaviour_sha256, merge, base)
     if folder.exists():
         if _origin(folder) == origin:
             return folder
@@ -69,14 +98,24 @@ def _export(home: Home, folder: Path, merge: bool) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with shelf.fetched(found.name, home.folder / "export", only=checkpoint.WEIGHTS) as checkpoint_folder:
-        _write_model(recipe, checkpoint_folder / checkpoint.WEIGHTS, contract, partial, merge)
+        weights = checkpoint_folder / checkpoint.WEIGHTS
+        logits = _write_model(recipe, weights, contract, partial, merge)
+        for file in partial.glob("*.safetensors"):
+            _check_tensors(file)
+        _check_reload(recipe, partial, logits, _probe_ids(contract), None if merge else weights)
     _write_tokenizer(recipe, contract, partial)
     (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
+    data, result = (_read_json(home.folder / name) for name in ("data.json", "result.json"))
+    (partial / "README.md").write_text(card(recipe, contract, data, result, origin.step, merge), encoding="utf-8")
     (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
-    for file in partial.glob("*.safetensors"):
-        _check_tensors(file)
     os.replace(partial, folder)
     return folder
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a file of the run says; nothing where a run that goes on has not written it yet."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 def _check_unchanged(recipe: Recipe, contract: Contract, found: checkpoint.Checkpoint, run: Path) -> None:
@@ -84,7 +123,7 @@ def _check_unchanged(recipe: Recipe, contract: Contract, found: checkpoint.Check
     place = Path(recipe.model.path)
     if place.is_absolute() and not place.is_dir():
         raise RecipeError(f"model.path: the base model {place} of this run is gone; put it back to export")
-    if json.loads((run / "data.json").read_text()).get("model") != model_digest(recipe):
+    if json.loads((run / "data.json").read_text()).get("model") != model_digest(recipe.model.path):
         raise DataError(f"{place}: the base model's files have changed since {run} was trained; put the old ones back")
     if contract.behaviour_sha256 != found.behaviour_sha256:
         raise DataError(f"{run}: the checkpoint {found.name} was trained under another contract; nothing was exported")
@@ -100,8 +139,8 @@ def _origin(folder: Path) -> Origin | None:
         return None
 
 
-def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> None:
-    """The base model with the trained weights put in, saved as all weights or as an adapter."""
+def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> list[torch.Tensor]:
+    """Saves the base model with the trained weights put in, as all weights or as an adapter; its logits before that."""
     model = load_weights(recipe)
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora)
@@ -111,6 +150,7 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
         odd = sorted(wanted ^ set(trained))[:3]
         raise DataError(f"{weights}: does not hold the weights of this recipe's model; they differ in {', '.join(odd)}")
     model.load_state_dict(trained, strict=False)
+    logits = _logits(model, _probe_ids(contract))
     if merge:
         model = model.merge_and_unload()
     base = model.get_base_model() if recipe.lora is not None and not merge else model
@@ -124,6 +164,46 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
         tensors = load_file(adapter)
         # An adapter travels alone; its file says under which contract it was trained.
         save_file(tensors, adapter, metadata={"format": "pt", "chat_contract": f"sha256:{contract.behaviour_sha256}"})
+    return logits
+
+
+def _probe_ids(contract: Contract) -> list[torch.Tensor]:
+    """Token ids of some short probes, each [1, tokens]."""
+    known = sorted((probe.ids for probe in contract.probes if probe.ids and not probe.prompt), key=len)
+    return [torch.tensor(ids)[None] for ids in known[:_PROBES]]
+
+
+def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Float32 logits of each probe, [tokens, vocabulary]."""
+    model.eval()
+    with torch.no_grad():
+        return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in probes]
+
+
+def _check_reload(
+    recipe: Recipe, folder: Path, logits: list[torch.Tensor], probes: list[torch.Tensor], weights: Path | None
+) -> None:
+    """Raises BurnishError unless a folder loads, in plain transformers (and peft), as the model that was trained.
+
+    `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others.
+    """
+    options = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True, **recipe.model.loading()}
+    adapter = (folder / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(recipe.located().model.path if adapter else folder, **options)
+    model = with_saved_adapters(model, folder) if adapter else model
+    found = dict(model.named_parameters())
+    if weights is not None:
+        with safe_open(weights, "pt") as trained:
+            for name in trained.keys():  # noqa: SIM118  # safe_open is no mapping
+                if name not in found or not torch.equal(found[name].detach(), trained.get_tensor(name)):
+                    raise BurnishError(f"{folder}: {name} does not load as it was trained; the export is not good")
+    for ids, before, after in zip(probes, logits, _logits(model, probes), strict=True):
+        error = float((after - before).norm() / before.norm())
+        if not error <= _NEAR[recipe.model.dtype]:
+            raise BurnishError(
+                f"{folder}: logits of {ids.shape[1]} tokens differ by {error:.1%} from those of the trained model after "
+                "loading; the export is not good"
+            )
 
 
 def _write_tokenizer(recipe: Recipe, contract: Contract, folder: Path) -> None:

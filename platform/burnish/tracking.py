@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import Recipe, leaves
-from burnish.errors import one_line
+from burnish.errors import InfrastructureError, RecipeError, one_line
 from burnish.redact import redact, redact_tree
 from burnish.train.ledger import replace_text
 
@@ -111,6 +111,42 @@ def add_file(recipe: Recipe, run_id: str | None, file: Path) -> None:
     if run_id is not None and recipe.tracking.uri is not None:
         with forgiving(f"sending {file.name}"):
             _client(recipe.tracking.uri).log_artifact(run_id, str(file))
+
+
+def register(recipe: Recipe, run_id: str, folder: Path, name: str, alias: str, place: str) -> str:
+    """The version of a registered model that holds a folder, sent below `place` of the run's artifacts; the alias names it.
+
+    A folder that was registered before is not sent again, only named. Raises RecipeError for a name that MLflow does not
+    take, InfrastructureError where it cannot be reached; what was sent then is sent again by the same command.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with quiet():
+            client = _client(str(recipe.tracking.uri))
+            source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            _ensure_registered(client, name)
+            versions = [each for each in client.search_model_versions(f"name='{name}'") if each.source == source]
+            if not versions:
+                client.log_artifacts(run_id, str(folder), place)
+                versions = [client.create_model_version(name, source, run_id)]
+            client.set_registered_model_alias(name, alias, versions[0].version)
+            return str(versions[0].version)
+    except MlflowException as error:
+        kind = RecipeError if error.error_code == "INVALID_PARAMETER_VALUE" else InfrastructureError
+        raise kind(f"--register {name}: MLflow says: {one_line(error)}; the export stands in {folder}") from None
+    except OSError as error:
+        raise InfrastructureError(f"--register {name}: {one_line(error)}; the export stands in {folder}") from None
+
+
+def _ensure_registered(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def close_run(recipe: Recipe, run_id: str | None, status: str) -> None:

@@ -199,6 +199,9 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     assert [(metric.step, metric.value) for metric in losses] == [(line["step"], line["loss"]) for line in ledger]
     assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/trained_tokens",
             "data/packing_efficiency", "data/wait_share"} <= set(found.data.metrics)  # fmt: skip
+    code, out, err = run(capsys, "export", tmp_path / "runs/small", "--register", "smith")
+    assert code == 0 and "version 1 of smith is now candidate" in err, err
+    assert client.get_model_version_by_alias("smith", "candidate").run_id == result["run_id"]
 
     path = recipe_file(name="outage", tracking={"uri": "http://127.0.0.1:9"}, train={"max_steps": 1})
     code, out, err = run(capsys, "train", path)

@@ -20,12 +20,12 @@ LAYERS = {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
         "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.tombstone", "train.watchdog", "train.writer",
     },
-    3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
+    3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"train.engine"},
-    "peft": {"train.adapters", "chat"},
+    "peft": {"train.adapters"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
@@ -33,7 +33,7 @@ DOORS = {
     "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
-ray.train: `split` and `failure` know its types. peft: `chat` loads an exported adapter. transformers: `plan` reads a model's width."""
+ray.train: `split` and `failure` know its types. transformers: `plan` reads a model's width."""
 PURE = ("ray", "torch", "transformers", "deepspeed", "mlflow", "peft")
 
 

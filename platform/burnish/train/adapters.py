@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from burnish.errors import RecipeError, one_line
@@ -72,6 +73,13 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
+
+
+def with_saved_adapters(model: Any, folder: Path) -> Any:
+    """A base model with the adapters that a folder holds, computed in the model's own dtype as they were in training."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
 
 def _check_untied(model: Any, spec: LoraSpec) -> None:

@@ -90,13 +90,13 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def model_digest(recipe: Recipe) -> str | None:
+def model_digest(path: str) -> str | None:
     """The sha256 of a local model's files, None for a Hub model. The chat template is the contract's to judge.
 
     Of a file over 8 MiB the size and 64 blocks of 64 KiB at even distances count, so that it takes seconds for any model;
     another training of the same model differs in every one of them.
     """
-    folder = Path(recipe.model.path).expanduser()
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()

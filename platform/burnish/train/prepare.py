@@ -240,5 +240,5 @@ def digests(prepared: Prepared) -> dict[str, str]:
     """What a run reads: sha256 of training, held-out and evaluation rows and a local model's files; the order of packs."""
     held_out = {"eval": prepared.eval.digest} if prepared.eval else {}
     held_out |= {"decontaminate": prepared.decontaminate.digest} if prepared.decontaminate else {}
-    model = model_digest(prepared.recipe)
+    model = model_digest(prepared.recipe.model.path)
     return {"train": prepared.train.digest, **held_out, **({"model": model} if model else {}), "order": order.ORDER}
