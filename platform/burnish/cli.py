@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run folder, for example runs/quickstart")
     export.add_argument("folder", nargs="?", help="new folder; default <run>/export")
     export.add_argument("--merge", action="store_true", help="add the adapter into the base weights")
+    export.add_argument("--step", type=_count, metavar="N", help="of this checkpoint; default the best or the newest")
     export.add_argument("--register", metavar="NAME", help="also register it in MLflow as a version of this model")
     export.add_argument("--alias", default="candidate", metavar="ALIAS", help="that names the version; default candidate")
     export.set_defaults(verb=_export)
@@ -198,7 +199,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"{arguments.run}: a model is exported to a folder of this machine; name one behind the run")
     folder = Path(arguments.folder) if arguments.folder else Path(arguments.run) / "export"
     with _libraries():
-        exported = export(arguments.run, folder, merge=arguments.merge)
+        exported = export(arguments.run, folder, merge=arguments.merge, step=arguments.step)
         if arguments.register:
             version = register(arguments.run, exported, arguments.register, arguments.alias)
             print(f"burnish export: version {version} of {arguments.register} is now {arguments.alias}", file=sys.stderr)

@@ -68,6 +68,21 @@ class Recipe(Spec):
         return tuple(number for number in range(most, fewest - 1, -1) if self.train.global_batch_size % number == 0)
 
     @model_validator(mode="after")
+    def early_stopping_has_what_it_needs(self) -> "Recipe":
+        """Raises ValueError where training may end early and no evaluation decides it, or better weights are not kept."""
+        if self.train.early_stopping is None:
+            return self
+        lacking = {
+            "data.eval: [{path: held-out.jsonl}]": not self.data.eval,
+            "train.eval_every_steps: 50": self.train.eval_every_steps is None,
+            "checkpoint.best: eval/loss": self.checkpoint.best != "eval/loss",
+        }
+        if any(lacking.values()):
+            words = ", ".join(words for words, is_lacking in lacking.items() if is_lacking)
+            raise ValueError(f"train.early_stopping ({self.train.early_stopping}) needs more; write {words}")
+        return self
+
+    @model_validator(mode="after")
     def a_recipe_holds_no_secret(self) -> "Recipe":
         """Raises ValueError for a secret: recipes are copied into run folders, contracts, MLflow and reports."""
         found = next(secrets(self.dump()), None)

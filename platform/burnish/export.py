@@ -22,6 +22,7 @@ from burnish.train import checkpoint
 from burnish.train.adapters import with_adapters, with_saved_adapters
 from burnish.train.home import Home
 from burnish.train.model import load_weights, model_digest
+from burnish.train.shelf import Shelf
 
 _NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far logits of the same weights may lie apart, relative to their norm: sums in another order, and for a merged adapter
@@ -41,9 +42,10 @@ class Origin:
     base_sha256: str | None
 
 
-def export(run: str, folder: Path, merge: bool = False) -> Path:
-    """Writes the newest checkpoint's model to a new folder: all weights, the adapter, or the adapter merged.
+def export(run: str, folder: Path, merge: bool = False, step: int | None = None) -> Path:
+    """Writes the model of a checkpoint to a new folder: all weights, the adapter, or the adapter merged.
 
+    The checkpoint is that of `step`; without it the best one where the recipe has `checkpoint.best`, else the newest.
     The folder holds safetensors, tokenizer, chat_template.jinja equal to the one trained, generation config with the stop
     tokens, model card, contract.json and export.json; it appears whole or not at all, and only after plain transformers (and
     peft) loaded it to the same weights and logits. The same export again is left as it is.
@@ -51,7 +53,7 @@ def export(run: str, folder: Path, merge: bool = False) -> Path:
     """
     home = Home.at(run).arrive()
     try:
-        return _export(home, folder, merge)
+        return _export(home, folder, merge, step)
     finally:
         home.leave()
 
@@ -74,7 +76,7 @@ def register(run: str, folder: Path, name: str, alias: str) -> str:
         home.leave()
 
 
-def _export(home: Home, folder: Path, merge: bool) -> Path:
+def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
     run, shelf = home.shown, home.shelf()
     if not (home.folder / "recipe.yaml").exists():
         raise RecipeError(f"{run}: no run; name a run folder, for example runs/quickstart")
@@ -82,7 +84,7 @@ def _export(home: Home, folder: Path, merge: bool) -> Path:
     if not (home.folder / "contract.json").exists():
         raise RecipeError(f"{run}: is no training run; of a sweep, export a trial, for example {run}/trials/trial-000")
     contract = Contract.read(home.folder)
-    found = checkpoint.newest(shelf)
+    found = _wanted(shelf, recipe, step)
     if found is None:
         raise DataError(f"{run}: has no checkpoint yet; train it first")
     _check_unchanged(recipe, contract, found, home.folder)
@@ -110,6 +112,18 @@ def _export(home: Home, folder: Path, merge: bool) -> Path:
     (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
     os.replace(partial, folder)
     return folder
+
+
+def _wanted(shelf: Shelf, recipe: Recipe, step: int | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint to export, or None where there is none; raises RecipeError where that of `step` does not stand."""
+    leader = checkpoint.best(shelf, recipe.checkpoint.best) if recipe.checkpoint.best and step is None else None
+    name = leader[0] if leader else None if step is None else checkpoint.name_of(step)
+    if name is None:
+        return checkpoint.newest(shelf)
+    found = checkpoint.verify(shelf, name) if name in shelf.names() else None
+    if found is None:
+        raise RecipeError(f"--step: {shelf.path(name)} does not stand or is broken; those that stand: {shelf.names()}")
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from burnish.train.ledger import lines, replace_text
 
 _CURVES = {
     "train/loss": "loss", "eval/loss": "held-out loss", "train/learning_rate": "learning rate",
-    "train/grad_norm": "gradient norm", "train/tokens_per_second": "tokens a second",
+    "train/grad_norm": "gradient norm", "train/tokens_per_second": "tokens a second", "train/mfu": "model FLOPs utilisation",
     "data/wait_share": "share of a step waiting for data", "data/packing_efficiency": "packing efficiency",
     "data/balance": "balance over workers",
 }  # fmt: skip
+_ANSWERS = 6
+"""Answers shown to a question, the first and the newest."""
 _EXAMPLES = 3
 """Rows shown of each reason for which rows were not trained."""
 
@@ -60,7 +62,7 @@ def page(folder: Path) -> str:
     curves = "".join(html.curve(title, points) for name, title in _CURVES.items() if (points := _points(measured, name)))
     body = (
         f"{html.facts(_summary(folder, measured, steps))}<div class=curves>{curves}</div>"
-        f"<h2>From rows to tokens</h2>{_funnel(folder, recipe, steps)}"
+        f"{_generations(folder)}<h2>From rows to tokens</h2>{_funnel(folder, recipe, steps)}"
         f"<h2>Template</h2>{_template(contract)}"
         f"<h2>Again</h2>{_again(folder, recipe)}"
     )
@@ -77,6 +79,7 @@ def _summary(folder: Path, measured: list[dict[str, Any]], steps: list[dict[str,
         newest |= line
     speeds = [speed for _, speed in _points(measured, "train/tokens_per_second")]
     waits = [wait for _, wait in _points(measured, "data/wait_share")]
+    used = [share for _, share in _points(measured, "train/mfu")]
     named = {
         "state": "finished" if (folder / "result.json").exists() else "not finished",
         "steps": f"{len(steps):,}",
@@ -86,6 +89,9 @@ def _summary(folder: Path, measured: list[dict[str, Any]], steps: list[dict[str,
         "tokens": f"{sum(step['tokens'] for step in steps):,}",
         "trained tokens": f"{sum(step['trained_tokens'] for step in steps):,}",
         "tokens a second (median)": f"{statistics.median(speeds):,.0f}" if speeds else "",
+        "model FLOPs utilisation (median)": f"{statistics.median(used):.1%}" if used else "",
+        "peak memory of a worker": f"{newest['train/peak_memory_gib']:.2f} GiB" if "train/peak_memory_gib" in newest else "",
+        "goodput": f"{newest['run/goodput']:.1%}" if "run/goodput" in newest else "",
         "waited for data (median)": f"{statistics.median(waits):.1%}" if waits else "",
     }
     return {name: value for name, value in named.items() if value}
@@ -113,6 +119,23 @@ def _funnel(folder: Path, recipe: Recipe, steps: list[dict[str, Any]]) -> str:
     ]
     shown = f"<h2>Rows that were not trained, for example</h2>{html.table(examples)}" if examples else ""
     return html.table(rows) + shown
+
+
+def _generations(folder: Path) -> str:
+    """What the model answered to each held-out question before training and after evaluations, beside the row's answer."""
+    answers = list(lines(folder / "generations.jsonl"))
+    shown = []
+    for row in dict.fromkeys(line["row"] for line in answers):
+        own = [line for line in answers if line["row"] == row]
+        told = [(_when(line), line["answer"] + ("" if line["stopped"] else " ... (no stop token)")) for line in own]
+        drawn = told if len(told) <= _ANSWERS else [told[0], *told[1 - _ANSWERS :]]
+        shown.append(html.hidden(f"prompt of {row}", own[0]["prompt"]))
+        shown.append(html.table([*drawn, ("in the row", own[0]["reference"])]))
+    return f"<h2>Answers to held-out questions</h2>{''.join(shown)}" if shown else ""
+
+
+def _when(line: dict[str, Any]) -> str:
+    return f"after step {line['step']:,}" if line["step"] else "before training"
 
 
 def _template(contract: Contract) -> str:

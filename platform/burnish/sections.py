@@ -206,6 +206,13 @@ class TrainSpec(Spec):
     """Steps after which training ends even inside an epoch."""
     eval_every_steps: int | None = Field(None, ge=1)
     """Steps between evaluations; null evaluates once, at the end."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Evaluations in a row without a smaller held-out loss after which training ends; null trains to the end. Needs
+    `checkpoint.best: eval/loss`, which keeps the weights that were better."""
+    generations: int = Field(2, ge=0)
+    """Held-out conversations to whose last question the model writes an answer before training and at each evaluation."""
+    generation_tokens: int = Field(64, ge=1)
+    """Tokens of such an answer at most; each takes a forward pass."""
     seed: int = Field(0, ge=0)
     """Seed of adapter weights and dropout."""
     self_test: bool = True

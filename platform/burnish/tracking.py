@@ -113,6 +113,14 @@ def add_file(recipe: Recipe, run_id: str | None, file: Path) -> None:
             _client(recipe.tracking.uri).log_artifact(run_id, str(file))
 
 
+def add_table(recipe: Recipe, run_id: str | None, name: str, rows: list[dict[str, Any]]) -> None:
+    """Adds a table to the run's artifacts, with a column for each key of its rows."""
+    if run_id is not None and recipe.tracking.uri is not None and rows:
+        with forgiving(f"sending {name}"):
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            _client(recipe.tracking.uri).log_table(run_id, columns, name)
+
+
 def register(recipe: Recipe, run_id: str, folder: Path, name: str, alias: str, place: str) -> str:
     """The version of a registered model that holds a folder, sent below `place` of the run's artifacts; the alias names it.
 

@@ -191,11 +191,12 @@ class Worker:
 
     def losses(self, recipe: Recipe, folder: str, resumes: bool) -> list[float]:
         """Losses of three of the loop's own steps, or of the third from a checkpoint of the first two."""
-        from burnish.train import checkpoint, loop, writer
+        from burnish.train import checkpoint, loop, worker, writer
         from burnish.train import engine as ds
-        from burnish.train.model import build_model
+        from burnish.train.model import build_model, pack_cost
         from burnish.train.objective import Objective
         from burnish.train.state import State, load_optimizer, load_weights
+        from burnish.train.throughput import Meter
 
         home, saved, model = Home(Path(folder)), Path(folder, "saved"), build_model(recipe, cuda=False)
         if resumes:
@@ -203,16 +204,18 @@ class Worker:
         engine = ds.build_engine(recipe, model, self.world)
         if resumes:
             load_optimizer(engine, saved / checkpoint.OPTIMIZER)
-        attempt = Attempt("attempt", recipe, folder, None, Progress(), None, True, 1, "", None, False, None)
+        attempt = Attempt("attempt", recipe, folder, None, Progress(), None, (), (), None, True, 1, "", None, False, None)
         watchdog, state = Watchdog(home, self.rank, 600.0), State(engine)
-        worker = loop.Worker(attempt, home, engine, Objective(engine, engine.device), watchdog)
+        own = worker.Worker(
+            attempt, home, engine, Objective(engine, engine.device), watchdog, Meter(pack_cost(recipe), None)
+        )
         found = []
         for step, packs in list(enumerate(make_packs(), 1))[2 if resumes else 0 :]:
             names = tuple((0, 0, index) for index in range(len(packs)))
             tokens, trained = sum(len(pack.input_ids) for pack in packs), sum(pack.trained_tokens for pack in packs)
             meta = StepMeta(names, tokens, trained, step / 4, Cursor(), (), 1, 1.0)
-            own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
-            metrics, _ = loop.train_step(worker, Batch(own, meta, 0.0), step)
+            share = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
+            metrics, _ = loop.train_step(own, Batch(share, meta, 0.0), step)
             found.append(metrics["train/loss"])
             if step == 2:
                 writer.write_files(saved, state.snapshot({})())

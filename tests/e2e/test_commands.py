@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.cli import main
+from burnish.train.ledger import lines
 from tests.conftest import CHATML, LLAMA3, conversation, write_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -64,9 +65,10 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
         lora={**lora, "alpha": 8} if lora else None,
         data={"train": [{"path": str(tmp_path / "rows.parquet")}], "eval": [{"path": str(held_out)}]},
         optim={"learning_rate": 1e-2},
-        train={"epochs": 2, "eval_every_steps": 2},
+        train={"epochs": 2, "eval_every_steps": 2, "generation_tokens": 8},
         engine={"zero_stage": stage},
         scale={"num_workers": workers},
+        checkpoint={"best": "eval/loss"},
     )
     code, out, err = run(capsys, "train", path)
     assert code == 0, err
@@ -79,16 +81,39 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
     assert result["checkpoint"] == str(folder / "checkpoints" / f"step-{len(ledger):08d}")
     assert {"train/loss", "train/grad_norm", "eval/loss", "eval/perplexity"} <= set(result["metrics"])
     assert ledger[-1]["loss"] < ledger[0]["loss"]
+    evaluated = sorted({*range(2, len(ledger) + 1, 2), len(ledger)})
+    losses = {line["step"]: line["eval/loss"] for line in lines(folder / "metrics.jsonl") if "eval/loss" in line}
+    assert sorted(losses) == evaluated
+    best = min(losses, key=losses.get)
     assert {path.name for path in (folder / "checkpoints").glob("step-*")} == {
-        f"step-{step:08d}" for step in sorted({*range(2, len(ledger) + 1, 2), len(ledger)})[-2:]
+        f"step-{step:08d}" for step in {*evaluated[-2:], best}
     }
     assert {"recipe.yaml", "contract.json", "refused.jsonl", "ledger.jsonl", "checkpoints"} <= {
         path.name for path in folder.iterdir()
     }
+    generated = list(lines(folder / "generations.jsonl"))
+    assert [(line["step"], line["row"]) for line in generated] == [
+        (step, f"{held_out}#{number}") for step in (0, *evaluated) for number in (0, 1)
+    ]
 
     code, again, _ = run(capsys, "train", path)
     assert (code, json.loads(again)) == (0, result), "a finished run is not trained again"
     check_export(capsys, folder, base, bool(lora), 1e-4 if dtype == "float32" else 5e-2)
+    assert json.loads((folder / "export/export.json").read_text())["step"] == best
+    if dtype == "float32":
+        asked = [line for line in generated if line["step"] == best]
+        questions = [conversation(number)["messages"][0]["content"] for number in (30, 31)]
+        _, told, _ = run(capsys, "chat", folder, "--max-new-tokens", 8, *(f"--message={each}" for each in questions))
+        assert told == "".join(answer_of(line, base) + "\n" for line in asked), (
+            "what it answered in training, it answers now"
+        )
+
+
+def answer_of(line: dict, base: Path) -> str:
+    """What `burnish chat` shows of an answer that a model wrote in training."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(line["answer"], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: float) -> None:
@@ -99,7 +124,8 @@ def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: flo
     assert (exported / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
     contract = json.loads((exported / "contract.json").read_text())
     assert contract == json.loads((folder / "contract.json").read_text())
-    newest = max((folder / "checkpoints").glob("step-*"))
+    step = json.loads((exported / "export.json").read_text())["step"]
+    newest = folder / f"checkpoints/step-{step:08d}"
     assert contract == json.loads((newest / "contract.json").read_text())
     for file in [newest / "weights.safetensors", *exported.glob("adapter_model.safetensors")]:
         with safe_open(file, "pt") as tensors:
@@ -252,12 +278,21 @@ def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, c
 
 
 def test_what_plan_has_rendered_is_not_rendered_again(cluster, capsys, recipe_file, tmp_path):
-    code, out, err = run(capsys, "plan", recipe_file(), "--json")
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 54)])
+    waits = {
+        "data": {"eval": [{"path": str(held_out)}]},
+        "optim": {"learning_rate": 1e-30},
+        "train": {"max_steps": 8, "epochs": 3, "eval_every_steps": 1, "early_stopping": 2, "generations": 0},
+        "checkpoint": {"every_steps": None, "best": "eval/loss"},
+    }
+    code, out, err = run(capsys, "plan", recipe_file(**waits), "--json")
     assert code == 0 and json.loads(out)["rows"] == 40, err
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
     assert len(kept) == 5, "plan keeps every slice of 8 rows"
-    path = recipe_file(train={"max_steps": 4, "epochs": 3}, checkpoint={"every_steps": None})
-    code, out, err = run(capsys, "train", path)
-    assert code == 0 and json.loads(out)["steps"] == 4, err
+    # Nothing is learned, so the second evaluation in a row without a gain is that of step 3.
+    code, out, err = run(capsys, "train", recipe_file(**waits))
+    assert code == 0 and json.loads(out)["steps"] == 3, err
+    assert "stopped early at step 3" in err and not (tmp_path / "runs/small/generations.jsonl").read_text()
+    assert {path.name for path in (tmp_path / "runs/small/checkpoints").glob("step-*")} == {"step-00000001", "step-00000003"}
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
-    assert now == kept, "three epochs of a run render nothing again"
+    assert {path: now[path] for path in kept} == kept and len(now) == 6, "a run renders nothing again but held-out rows"

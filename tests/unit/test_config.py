@@ -31,6 +31,8 @@ SMALL = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a.jso
         ({"train": {"global_batch_size": 7}, "scale": {"num_workers": 2}},
          "t.yaml: train.global_batch_size (7 packs) cannot be divided over scale.num_workers (2); write "
          "train.global_batch_size: 8, or a number of workers that divides 7"),
+        ({"train": {"early_stopping": 3, "eval_every_steps": 5}},
+         "t.yaml: train.early_stopping (3) needs more; write data.eval: [{path: held-out.jsonl}], checkpoint.best: eval/loss"),
         ({"sweep": {"space": {"lora.rnk": {"choice": [1]}}}},
          "t.yaml: sweep.space: 'lora.rnk' is no field that a sweep can vary; did you mean 'lora.rank'?"),
         ({"data": {"train": [{"path": "a", "weight": float("inf")}]}},

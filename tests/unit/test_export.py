@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ LORA = {"rank": 4, "variant": "dora", "modules_to_save": ["lm_head"]}
 
 @pytest.fixture
 def trained(make_recipe, tmp_path):
-    """A run of this recipe with one checkpoint, whose trained weights are the fresh ones moved a little."""
+    """A run of this recipe with a checkpoint at each step, whose trained weights are the fresh ones moved a little."""
 
-    def make(**sections) -> Path:
+    def make(steps=types.MappingProxyType({3: 2.0}), **sections) -> Path:
         base = write_model(tmp_path / "base")
         recipe = make_recipe(model={"path": str(base)}, **sections)
         folder = Path(recipe.run_place())
@@ -42,15 +43,18 @@ def trained(make_recipe, tmp_path):
         model = load_weights(recipe)
         model = with_adapters(model, recipe.lora) if recipe.lora else model
         torch.manual_seed(1)
-        moved = {
-            name: (weight + 0.05 * torch.randn_like(weight)).detach()
-            for name, weight in model.named_parameters()
-            if weight.requires_grad
-        }
-        place = Place(Home(folder), "attempt", 1, None, prepared.contract.behaviour_sha256)
+        spec = recipe.checkpoint
+        place = Place(Home(folder), "attempt", spec.keep, spec.best, prepared.contract.behaviour_sha256)
         writer = Writer(place, 0, 1)
-        writer.write(Progress(step=3), {}, lambda: {checkpoint.WEIGHTS: (moved, {}), f"{checkpoint.OPTIMIZER}/0": ({}, {})})
-        writer.wait()
+        for step, loss in steps.items():
+            moved = {
+                name: (weight + 0.05 * torch.randn_like(weight)).detach()
+                for name, weight in model.named_parameters()
+                if weight.requires_grad
+            }
+            files = {checkpoint.WEIGHTS: (moved, {}), f"{checkpoint.OPTIMIZER}/0": ({}, {})}
+            writer.write(Progress(step=step), {"eval/loss": loss}, lambda files=files: files)
+            writer.wait()
         return folder
 
     return make
@@ -103,6 +107,23 @@ def test_a_merged_adapter_has_the_logits_of_the_adapter_and_needs_no_base(traine
     assert Chat.open(tmp_path / "merged", 4).answer("Hi") is not None
     with pytest.raises(RecipeError, match="base"):
         Chat.open(tmp_path / "adapter", 4)
+
+
+def test_the_best_checkpoint_is_exported_where_the_recipe_names_a_metric_and_another_by_its_step(trained, tmp_path):
+    run = trained(steps={3: 2.0, 5: 1.0, 7: 3.0}, lora={"rank": 2}, checkpoint={"best": "eval/loss", "keep": 2})
+
+    def exported(name: str, **options) -> tuple[int, torch.Tensor]:
+        folder = export(str(run), tmp_path / name, **options)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        return json.loads((folder / "export.json").read_text())["step"], tensors[sorted(tensors)[0]]
+
+    (best, first), (newest, second) = exported("best"), exported("seven", step=7)
+    assert (best, newest) == (5, 7) and not torch.equal(first, second)
+    with pytest.raises(RecipeError, match=r"step-00000003 does not stand or is broken; .*step-00000005.*step-00000007"):
+        exported("three", step=3)
+    (run / "checkpoints/step-00000005/weights.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="step-00000005 does not stand or is broken"):
+        exported("again")
 
 
 def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

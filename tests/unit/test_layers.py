@@ -13,12 +13,12 @@ PACKAGE = ROOT / "platform" / "burnish"
 LAYERS = {
     0: {"errors", "interrupts", "complaint", "redact", "sections", "config", "reference"},
     1: {
-        "data.balance", "data.contract", "data.conversation", "data.dye", "data.encoding", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality",
+        "data.balance", "data.contract", "data.conversation", "data.dye", "data.encoding", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality", "data.question",
         "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",
     },
     2: {
-        "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.failure",
-        "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.tombstone", "train.watchdog", "train.writer",
+        "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.evaluation", "train.failure", "train.generation",
+        "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
@@ -28,7 +28,7 @@ DOORS = {
     "peft": {"train.adapters"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
-    "ray.train": {"train.loop", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
+    "ray.train": {"train.loop", "train.evaluation", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
     "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},
 }

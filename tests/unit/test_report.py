@@ -43,6 +43,28 @@ def test_a_report_counts_what_was_trained_and_what_was_not_by_code(make_recipe, 
     assert json.loads((folder / "contract.json").read_text())["behaviour_sha256"] in page
 
 
+def test_a_report_shows_answers_before_and_after_training_as_text(make_recipe):
+    _, folder = run_folder(make_recipe)
+    ledger = Ledger.open(folder, 3, 100)
+    for step in range(9):
+        answer = {
+            "row": "held#0",
+            "prompt": "<b>ask",
+            "reference": "the <i>row's",
+            "answer": f"<u>said {step}",
+            "stopped": step > 7,
+        }
+        ledger.generate(step, [answer])
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "prompt of held#0" in page and "&lt;b&gt;ask" in page and "<th>in the row<td>the &lt;i&gt;row&#x27;s" in page
+    assert (
+        "<th>before training<td>&lt;u&gt;said 0 ... (no stop token)" in page
+        and "<th>after step 8<td>&lt;u&gt;said 8\n" not in page
+    )
+    assert re.findall(r"said (\d)", page) == ["0", "4", "5", "6", "7", "8"] and page.count("(no stop token)") == 5
+
+
 def test_a_folder_that_is_no_run_or_lacks_its_contract_is_named(make_recipe, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no run; name a run folder" in capsys.readouterr().err

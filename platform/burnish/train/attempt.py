@@ -6,7 +6,9 @@ from pathlib import Path
 
 from burnish.config import Recipe
 from burnish.data.order import Cursor
+from burnish.data.question import Question
 from burnish.data.stages import Patience
+from burnish.data.template import Template
 
 STOP_FILE = "STOP"
 """A file of this name in the run folder asks the run to save a checkpoint and end."""
@@ -42,7 +44,8 @@ class Attempt:
 
     `run` is a folder or a place (`train/home.py`), `resume` the name of a checkpoint. `remains` says whether
     packs are left to train; a run that was killed after its last step may only lack evaluation. `best` is the smallest value
-    of `checkpoint.best` that a checkpoint of the run has.
+    of `checkpoint.best` that a checkpoint of the run has, `losses` are the held-out losses up to it, `questions` what the
+    model answers at each evaluation, in tokens of the `template`.
     """
 
     name: str
@@ -51,6 +54,9 @@ class Attempt:
     resume: str | None
     progress: Progress
     best: float | None
+    losses: tuple[float, ...]
+    questions: tuple[Question, ...]
+    template: Template
     remains: bool
     num_rows: int
     behaviour_sha256: str

@@ -24,6 +24,7 @@ from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress
 from burnish.train.cluster import draining, role_labels, width
 from burnish.train.failure import decide, last_line, lost_to_memory, memory_options
 from burnish.train.home import Home
+from burnish.train.ledger import lines
 from burnish.train.prepare import Prepared
 from burnish.train.split import OrderedSplit
 from burnish.train.watchdog import hang
@@ -136,7 +137,7 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int, stages: St
     progress = start.progress if start else Progress()
     windows = order.train_slices(recipe, prepared.train, progress.cursor)
     rendering, rounds = prepared.rendering(), prepared.rounds()
-    metric = recipe.checkpoint.best
+    metric, measured = recipe.checkpoint.best, lines(run.home.folder / "metrics.jsonl")
     leader = checkpoint.best(run.home.shelf(), metric) if metric else None
     attempt = Attempt(
         name=f"attempt-{uuid.uuid4().hex[:8]}",
@@ -145,6 +146,9 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int, stages: St
         resume=start.name if start else None,
         progress=progress,
         best=leader[1] if leader else None,
+        losses=tuple(line["eval/loss"] for line in measured if "eval/loss" in line and line["step"] <= progress.step),
+        questions=prepared.questions,
+        template=prepared.template,
         remains=bool(windows),
         num_rows=prepared.train.num_rows + (prepared.eval.num_rows if prepared.eval else 0),
         behaviour_sha256=prepared.contract.behaviour_sha256,

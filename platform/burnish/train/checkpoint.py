@@ -43,6 +43,11 @@ class Checkpoint:
     files: tuple[str, ...]
 
 
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step; later ones sort behind it."""
+    return f"step-{step:08d}"
+
+
 def report(metrics: dict[str, float]) -> None:
     """Tells Ray Train (and Tune, through it) where the run stands. A barrier: every worker calls it."""
     ray.train.report(metrics)

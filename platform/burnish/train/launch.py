@@ -101,12 +101,18 @@ def _train(prepared: Prepared, home: Home, watch: Watch | None, callbacks: tuple
     run_id = run_id or _open_tracking(prepared, folder, parent_id)  # MLflow may have come back meanwhile
     result = _finish(recipe, home, run_id)
     tracking.deliver(recipe, run_id, folder)
+    _illustrate(recipe, run_id, folder)
+    tracking.close_run(recipe, run_id, "FINISHED")
+    return result
+
+
+def _illustrate(recipe: Recipe, run_id: str | None, folder: Path) -> None:
+    """Writes the report, and adds it and the answers to held-out questions to the run in MLflow."""
+    tracking.add_table(recipe, run_id, "generations.json", list(lines(folder / "generations.jsonl")))
     try:
         tracking.add_file(recipe, run_id, report(folder))
     except BurnishError as error:
         logger.warning("the report was not written: %s", error)
-    tracking.close_run(recipe, run_id, "FINISHED")
-    return result
 
 
 @contextmanager
@@ -170,6 +176,7 @@ def _delivered(result: Result, prepared: Prepared, home: Home, parent_id: str | 
     if run_id != result.run_id:
         result = replace(result, run_id=run_id)
         write_json(folder / "result.json", asdict(result))
+        _illustrate(prepared.recipe, run_id, folder)
         tracking.close_run(prepared.recipe, run_id, "FINISHED")
     return result
 

@@ -3,6 +3,7 @@
     ledger.jsonl     {"step": t, "packs": [[epoch, window, index], ...], "tokens": n, "trained_tokens": n, "loss": x}
     refused.jsonl    {"row": "path#index", "code": ..., "turn": ..., "message": ...}
     metrics.jsonl    {"step": t, "time": seconds since 1970, "train/loss": x, ...}
+    generations.jsonl   {"step": t, "row": "path#index", "prompt": ..., "reference": ..., "answer": ..., "stopped": true}
 
 Steps count from 1. Each step stands once: after a resume, lines of steps that the checkpoint does not hold are gone
 before they are written again.
@@ -33,7 +34,7 @@ class Ledger:
     @classmethod
     def open(cls, folder: Path, step: int, max_refused_rows: float) -> "Ledger":
         """The records of a run that goes on after `step`; lines of later steps and torn lines are removed."""
-        for name in ("ledger.jsonl", "metrics.jsonl"):
+        for name in ("ledger.jsonl", "metrics.jsonl", "generations.jsonl"):
             _rewrite(folder / name, [line for line in lines(folder / name) if line["step"] <= step])
         refused = list(lines(folder / "refused.jsonl")) if step else []
         _rewrite(folder / "refused.jsonl", refused)
@@ -55,6 +56,12 @@ class Ledger:
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Appends measurements of a step, and when they were made."""
         append(self.folder / "metrics.jsonl", {"step": step, "time": time.time(), **metrics})
+
+    def generate(self, step: int, answers: list[dict[str, Any]]) -> None:
+        """Appends what the model answered after a step, unless an attempt before has noted it."""
+        if step not in {line["step"] for line in lines(self.folder / "generations.jsonl")}:
+            for answer in answers:
+                append(self.folder / "generations.jsonl", {"step": step, **answer})
 
     def refuse(self, refusals: tuple[dict[str, Any], ...]) -> None:
         """Appends rows that were refused for the first time in this run."""

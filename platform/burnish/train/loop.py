@@ -2,54 +2,34 @@
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
 
-from burnish.config import Recipe
-from burnish.data.order import StepMeta
 from burnish.data.stages import Teller
 from burnish.errors import DataError, TrainingError
-from burnish.tracking import Tracker
 from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
 from burnish.train.batches import Batch, batches
+from burnish.train.evaluation import evaluate, generate, has_learned
 from burnish.train.failure import check_loss, check_tokens, memory_advice
 from burnish.train.home import Home
-from burnish.train.ledger import Ledger
-from burnish.train.model import build_model
+from burnish.train.model import build_model, pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.state import State, load_optimizer, load_weights
+from burnish.train.throughput import Meter, peak_flops, peak_memory_bytes
 from burnish.train.watchdog import Watchdog
+from burnish.train.worker import Records, Worker
 from burnish.train.writer import Place, Writer
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What one worker trains with. Every worker has one, and calls what takes it at the same steps as all others."""
-
-    attempt: Attempt
-    home: Home
-    engine: ds.Engine
-    objective: Objective
-    watchdog: Watchdog
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the run."""
-        return self.attempt.recipe
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -74,14 +54,19 @@ def _train(attempt: Attempt, home: Home) -> None:
         objective = Objective(engine, engine.device)
     progress = attempt.progress
     watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
-    worker = Worker(attempt, home, engine, objective, watchdog)
+    device = torch.cuda.get_device_name(engine.device) if attempt.cuda else "CPU"
+    meter = Meter(pack_cost(recipe), peak_flops(device, recipe.model.dtype))
+    worker = Worker(attempt, home, engine, objective, watchdog, meter)
     records = Records(attempt, home.folder) if dist.get_rank() == 0 else None
     saver = Saver(worker)
     measured: dict[str, float] = {}
-    evaluated, wish, untested = -1, Wish.NOTHING, recipe.train.self_test
+    losses, wish, untested = list(attempt.losses), Wish.NOTHING, recipe.train.self_test
+    evaluated = -1
+    if progress.step == 0:
+        generate(worker, records, 0)
     with saver.standing():
         for batch in chain(filter(None, [first.result()]), watchdog.patient(stream)):
-            if wish is Wish.STOP or progress.step == recipe.train.max_steps:
+            if wish is Wish.STOP or progress.step == recipe.train.max_steps or has_learned(recipe, losses, progress.step):
                 break
             if not batch.meta.packs:  # nothing but refused rows: no step, so that no weight moves on momentum alone
                 progress = Progress(progress.step, batch.meta.cursor)
@@ -98,6 +83,7 @@ def _train(attempt: Attempt, home: Home) -> None:
             if due(progress.step, recipe.train.eval_every_steps) and recipe.data.eval:
                 measured |= evaluate(worker, records, progress.step)
                 evaluated = progress.step
+                losses.append(measured["eval/loss"])
                 checkpoint.report({**measured, "step": progress.step})
             if due(progress.step, recipe.checkpoint.every_steps) or wish is not Wish.NOTHING or saver.improves(measured):
                 saver.save(progress, measured)
@@ -136,8 +122,8 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     done = (step - 1) / recipe.train.max_steps if recipe.train.max_steps else 0.0
     rate = learning_rate(recipe.optim, step, max(meta.progress, done))
     ds.set_learning_rate(engine, rate)
-    # The sum of losses and what the run is asked to do travel in the one collective that a step adds.
-    shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    # The sum of losses, what the run is asked to do and what was computed travel in the one collective that a step adds.
+    shared = torch.zeros(3, dtype=torch.float64, device=engine.device)
     grad_norm = 0.0
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
         for number, (input_ids, labels, seq_lens) in enumerate(batch.packs):
@@ -150,8 +136,9 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
             shared[0] += loss.detach()
             worker.watchdog.beat()
     shared[1] = float(Wish.of(worker.home.folder)) if dist.get_rank() == 0 else 0.0
+    shared[2] = worker.meter.flops([seq_lens for _, _, seq_lens in batch.packs])
     dist.all_reduce(shared)
-    total, wish = shared.tolist()
+    total, wish, flops = shared.tolist()
     loss_value = total / max(1, meta.trained_tokens)
     check_loss(recipe, step, meta, loss_value, grad_norm, ds.vocabulary(engine))
     seconds = time.monotonic() - started
@@ -161,7 +148,8 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
         "train/learning_rate": rate,
         "train/grad_norm": grad_norm,
         "train/step_seconds": seconds,
-        "train/tokens_per_second": meta.tokens / (seconds + batch.wait_seconds),
+        **worker.meter.metrics(flops, meta.tokens, meta.trained_tokens, seconds + batch.wait_seconds, dist.get_world_size()),
+        "train/peak_memory_gib": peak_memory_bytes(engine.device) / 2**30,
         "train/trained_tokens": float(meta.trained_tokens),
         "train/progress": meta.progress,
         "data/packing_efficiency": meta.tokens / max(1, capacity),
@@ -170,36 +158,6 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
         "data/wait_share": batch.wait_seconds / (seconds + batch.wait_seconds),
     }
     return metrics, Wish(int(wish))
-
-
-def evaluate(worker: Worker, records: "Records | None", step: int) -> dict[str, float]:
-    """Loss and perplexity over all held-out rows, each trained token of them counted once. A collective call."""
-    engine = worker.engine
-    engine.eval()
-    shared = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    with torch.no_grad():
-        share = worker.recipe.train.global_batch_size // dist.get_world_size()
-        held_out = batches(ray.train.get_dataset_shard("eval"), share, worker.attempt.patience)
-        for batch in worker.watchdog.patient(held_out):
-            for input_ids, labels, seq_lens in batch.packs:
-                check_tokens(input_ids, batch.meta, ds.vocabulary(engine))
-                shared[0] += worker.objective.loss_sum(input_ids, labels, seq_lens)
-                worker.watchdog.beat()
-            shared[1] += batch.meta.trained_tokens / dist.get_world_size()
-            if records:
-                records.refuse(batch.meta)
-    engine.train()
-    dist.all_reduce(shared)
-    total, count = shared.tolist()
-    if count == 0:
-        raise DataError("data.eval: no token of the held-out rows can be trained, so there is no loss to measure")
-    loss = total / count
-    if not math.isfinite(loss):
-        raise TrainingError(f"the evaluation loss after step {step} is {loss}. Lower optim.learning_rate")
-    metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
-    if records:
-        records.measure(step, metrics)
-    return metrics
 
 
 class Saver:
@@ -264,30 +222,3 @@ def seed_of(seed: int, step: int, pack: int) -> int:
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens at this one."""
     return every is not None and step % every == 0
-
-
-class Records:
-    """World rank 0's records: the run folder's files, and MLflow."""
-
-    def __init__(self, attempt: Attempt, folder: Path) -> None:
-        recipe = attempt.recipe
-        self._ledger = Ledger.open(folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
-        self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, folder)
-
-    def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:
-        """One trained step."""
-        self._ledger.record(step, meta, metrics["train/loss"], metrics)
-        self._tracker.wake()
-
-    def refuse(self, meta: StepMeta) -> None:
-        """Rows that were refused where no step was trained."""
-        self._ledger.refuse(meta.refused)
-
-    def measure(self, step: int, metrics: dict[str, float]) -> None:
-        """Measurements after a step."""
-        self._ledger.measure(step, metrics)
-        self._tracker.wake()
-
-    def close(self) -> None:
-        """Waits a while for MLflow to take what is left."""
-        self._tracker.close()

@@ -15,6 +15,8 @@ from burnish.data import order, pipeline, sources
 from burnish.data.balance import round_steps
 from burnish.data.contract import Contract, difference
 from burnish.data.conversation import Refused
+from burnish.data.packing import Sample
+from burnish.data.question import Question
 from burnish.data.rendered import Cache
 from burnish.data.slices import Index, Slice
 from burnish.data.template import Template
@@ -33,7 +35,8 @@ HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = {
     "data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path", "train.self_test",
-    "model.attention", "model.activation_checkpointing",
+    "model.attention", "model.activation_checkpointing", "train.early_stopping", "train.generations",
+    "train.generation_tokens",
 }  # fmt: skip
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.", "engine.")
@@ -49,6 +52,7 @@ class Prepared:
     train: Index
     eval: Index | None
     decontaminate: Index | None
+    questions: tuple[Question, ...]
 
     def rendering(self) -> pipeline.Rendering:
         """What the tasks that render need."""
@@ -71,21 +75,24 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
     named = [SourceSpec(path=path) for path in recipe.data.filters.decontaminate]
     evaluation = sources.index(named, recipe.data.window_rows) if named else None
     head = _read_head("data.train", train_index, template, recipe)
-    if eval_index is not None:
-        _read_head("data.eval", eval_index, template, recipe)
+    held_out = _read_head("data.eval", eval_index, template, recipe) if eval_index is not None else _Head()
+    questions = tuple(Question.of(row, sample) for row, sample in held_out.firsts[: recipe.train.generations])
     masks = {"rows": head.rows, "refused": dict(head.codes), "tokens": head.tokens, "trained_tokens": head.trained}
-    return Prepared(recipe, template, Contract.of(template, masks, head.digests), train_index, eval_index, evaluation)
+    contract = Contract.of(template, masks, head.digests)
+    return Prepared(recipe, template, contract, train_index, eval_index, evaluation, questions)
 
 
 @dataclass
 class _Head:
-    """What the first rows of the files gave: counts, and the sha256 of tokens and mask of the first `CONTRACT_ROWS`."""
+    """What the first rows of the files gave: counts, the sha256 of tokens and mask of the first `CONTRACT_ROWS`, and the
+    last sample of each of those."""
 
     rows: int = 0
     tokens: int = 0
     trained: int = 0
     codes: Counter[str] = field(default_factory=Counter)
     digests: dict[str, str] = field(default_factory=dict)
+    firsts: list[tuple[str, Sample]] = field(default_factory=list)
 
 
 def _read_head(name: str, index: Index, template: Template, recipe: Recipe) -> _Head:
@@ -127,6 +134,7 @@ def _read_rows(
         if len(head.digests) < CONTRACT_ROWS:
             arrays = [array.tobytes() for sample in samples for array in (sample.input_ids, sample.trained)]
             head.digests[place] = hashlib.sha256(b"".join(arrays)).hexdigest()
+            head.firsts.append((place, samples[-1]))
     head.rows += rows
     head.codes += codes
     if first is None:

@@ -1,6 +1,7 @@
-"""The learning rate of a step, from its number and the share of the run that lies before it."""
+"""The learning rate of a step, and when a run has learned what it can."""
 
 import math
+from collections.abc import Sequence
 
 from burnish.sections import OptimSpec
 
@@ -18,3 +19,8 @@ def learning_rate(optim: OptimSpec, step: int, progress: float) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[optim.schedule]
     return optim.learning_rate * warmup * decay
+
+
+def evaluations_without_gain(losses: Sequence[float]) -> int:
+    """Evaluations behind the one with the smallest held-out loss; 0 where the newest is better than all before."""
+    return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0

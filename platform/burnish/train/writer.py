@@ -28,7 +28,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 
 from burnish.errors import InfrastructureError, one_line
 from burnish.train.attempt import Progress
-from burnish.train.checkpoint import Files, best
+from burnish.train.checkpoint import Files, best, name_of
 from burnish.train.home import RETRY_SECONDS, Home
 from burnish.train.ledger import replace_text
 from burnish.train.shelf import MANIFEST
@@ -51,7 +51,7 @@ class Place:
 
     def unfinished(self, step: int) -> Path:
         """The folder in which a worker puts its files of a checkpoint first; the shelf's own where all nodes share that."""
-        return self.home.folder / "checkpoints" / f".{_name(step)}.{self.attempt}.partial"
+        return self.home.folder / "checkpoints" / f".{name_of(step)}.{self.attempt}.partial"
 
 
 class Writer:
@@ -72,14 +72,14 @@ class Writer:
     def write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         """Begins the checkpoint of a step when the one before is written. `snapshot` is called once, by the thread."""
         self.wait()
-        self._last = _name(progress.step)
+        self._last = name_of(progress.step)
         self._pending = _begun(partial(self._write, progress, metrics, snapshot))
 
     def measure(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Adds metrics to the checkpoint of a step that was just begun, when it is written."""
         self.wait()
         if self._rank == 0:
-            name = _name(progress.step)
+            name = name_of(progress.step)
             manifest = json.loads(self._shelf.read(name, MANIFEST))
             manifest["metrics"] |= metrics
             self._shelf.write(name, MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -144,7 +144,7 @@ class Writer:
             replace_text(unfinished / name, json.dumps({file: _described(unfinished / file) for file in files}))
         if self._shelf.remote:
             for file in (*files, name):
-                self._shelf.upload(unfinished, _name(step), file)
+                self._shelf.upload(unfinished, name_of(step), file)
             shutil.rmtree(unfinished)
 
     def _part(self, step: int, world_rank: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Writer:
         name, unfinished = self._marker(world_rank), self._place.unfinished(step)
         while True:
             try:
-                text = self._shelf.read(_name(step), name) if self._shelf.remote else (unfinished / name).read_bytes()
+                text = self._shelf.read(name_of(step), name) if self._shelf.remote else (unfinished / name).read_bytes()
                 return dict(json.loads(text))
             except FileNotFoundError:
                 if not self._shelf.remote:
@@ -176,7 +176,7 @@ class Writer:
             "metrics": metrics,
             "files": files,
         }
-        text, name = json.dumps(manifest, indent=2), _name(progress.step)
+        text, name = json.dumps(manifest, indent=2), name_of(progress.step)
         if self._shelf.remote:
             self._shelf.write(name, "contract.json", contract.read_bytes())
             self._place.home.keep()  # a run that goes on from here needs the records of the steps before
@@ -208,10 +208,6 @@ def write_files(folder: Path, files: Files) -> None:
     for name, (tensors, metadata) in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _described(file: Path) -> dict[str, Any]:

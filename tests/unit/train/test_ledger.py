@@ -35,6 +35,18 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     assert [line["row"] for line in lines(tmp_path / "refused.jsonl")] == ["f#1", "f#2", "f#3"]
 
 
+def test_answers_of_an_evaluation_stand_once(tmp_path):
+    answer = {"row": "f#1", "prompt": "p", "reference": "r", "answer": "a", "stopped": True}
+    ledger = Ledger.open(tmp_path, 0, 9)
+    for step in (0, 2, 4):
+        ledger.generate(step, [answer, {**answer, "row": "f#2"}])
+    resumed = Ledger.open(tmp_path, 2, 9)
+    for step in (0, 2, 4):
+        resumed.generate(step, [answer, {**answer, "row": "f#2"}])
+    found = list(lines(tmp_path / "generations.jsonl"))
+    assert [(line["step"], line["row"]) for line in found] == [(step, row) for step in (0, 2, 4) for row in ("f#1", "f#2")]
+
+
 def test_too_many_refused_rows_end_the_run_and_overlong_ones_do_not_count(tmp_path):
     ledger = Ledger.open(tmp_path, 0, 1)
     ledger.record(1, meta(1, [("f#1", "no-stop"), ("f#2", "overlong"), ("f#3", "overlong")]), 0.5, {})

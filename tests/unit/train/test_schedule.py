@@ -3,7 +3,7 @@
 import pytest
 
 from burnish.sections import OptimSpec
-from burnish.train.schedule import learning_rate
+from burnish.train.schedule import evaluations_without_gain, learning_rate
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
@@ -16,3 +16,15 @@ def test_it_warms_up_and_decays_to_zero(schedule, middle):
 
 def test_without_warm_up_the_first_step_has_the_peak():
     assert learning_rate(OptimSpec(learning_rate=2e-4, warmup_steps=0), 1, 0.0) == 2e-4
+
+
+def test_evaluations_behind_the_best_are_counted():
+    for losses, wanted in (
+        ([], 0),
+        ([2.0], 0),
+        ([2.0, 1.0], 0),
+        ([1.0, 1.0], 1),
+        ([2.0, 1.0, 1.5, 1.0], 2),
+        ([1, 2, 3, 0.5], 0),
+    ):
+        assert evaluations_without_gain(losses) == wanted
