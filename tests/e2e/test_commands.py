@@ -277,22 +277,22 @@ def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, c
     assert "<th>not trained: no-assistant<td>4" in page and "<th>rows of data.train<td>8" in page
 
 
-def test_what_plan_has_rendered_is_not_rendered_again(cluster, capsys, recipe_file, tmp_path):
+def test_what_plan_has_rendered_is_not_rendered_again(cluster, capsys, recipe_file, tmp_path, caplog):
     held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 54)])
     waits = {
         "data": {"eval": [{"path": str(held_out)}]},
         "optim": {"learning_rate": 1e-30},
-        "train": {"max_steps": 8, "epochs": 3, "eval_every_steps": 1, "early_stopping": 2, "generations": 0},
+        "train": {"max_steps": 8, "epochs": 3, "eval_every_steps": 1, "early_stopping": 1, "generations": 0},
         "checkpoint": {"every_steps": None, "best": "eval/loss"},
     }
     code, out, err = run(capsys, "plan", recipe_file(**waits), "--json")
     assert code == 0 and json.loads(out)["rows"] == 40, err
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
     assert len(kept) == 5, "plan keeps every slice of 8 rows"
-    # Nothing is learned, so the second evaluation in a row without a gain is that of step 3.
+    # Nothing is learned, so the evaluation of step 2 is the first without a gain.
     code, out, err = run(capsys, "train", recipe_file(**waits))
-    assert code == 0 and json.loads(out)["steps"] == 3, err
-    assert "stopped early at step 3" in err and not (tmp_path / "runs/small/generations.jsonl").read_text()
-    assert {path.name for path in (tmp_path / "runs/small/checkpoints").glob("step-*")} == {"step-00000001", "step-00000003"}
+    assert code == 0 and json.loads(out)["steps"] == 2, err
+    assert "stopped early at step 2" in caplog.text and not (tmp_path / "runs/small/generations.jsonl").read_text()
+    assert {path.name for path in (tmp_path / "runs/small/checkpoints").glob("step-*")} == {"step-00000001", "step-00000002"}
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / ".cache").rglob("*.arrow")}
     assert {path: now[path] for path in kept} == kept and len(now) == 6, "a run renders nothing again but held-out rows"
