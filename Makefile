@@ -10,7 +10,7 @@ demo: .venv/installed
 	@$(BIN)/python jobs/demo.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/installed
 	$(BIN)/ruff check platform jobs tests cluster

@@ -40,8 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from burnish.config import Recipe, parse
 from burnish.train import engine as ds
 from burnish.train.attempt import Progress
+from burnish.train.build import build_model
 from burnish.train.home import Home
-from burnish.train.model import build_model
 from burnish.train.objective import Objective
 from burnish.train.state import State
 from burnish.train.writer import Place, Writer

@@ -31,6 +31,7 @@ from burnish.config import Recipe, parse
 from burnish.train.ledger import lines
 
 ROOT = Path(__file__).resolve().parent.parent
+_WITHOUT_RAY = "tests/e2e/test_verify.py"
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
@@ -166,11 +167,17 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` one process has the shared cluster and all that uses it, and another runs the rest beside."""
-    for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process starts whatever Ray is needed, and the other runs all that needs none beside it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) and file != _WITHOUT_RAY else nodeid
+
+    return OneRay(config, log)
 
 
 def free_ports(count: int) -> list[int]:

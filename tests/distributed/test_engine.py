@@ -62,7 +62,7 @@ class Trained(NamedTuple):
 
 def plain(recipe: Recipe) -> Trained:
     """One process that never packs, shards, accumulates or recomputes: each step is one big batch."""
-    from burnish.train.model import build_model
+    from burnish.train.build import build_model
 
     model = build_model(recipe, cuda=False)
     model.set_attn_implementation("eager")
@@ -84,6 +84,12 @@ def plain(recipe: Recipe) -> Trained:
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)))
         optimizer.step()
     return found
+
+
+def _status(name: str) -> int:
+    """Bytes that a line of this process's status tells."""
+    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
 
 
 @ray.remote(num_cpus=1)
@@ -112,15 +118,13 @@ class Worker:
 
         from burnish.train import checkpoint, writer
         from burnish.train import engine as ds
-        from burnish.train.model import build_model
-        from burnish.train.state import State, load_optimizer, load_weights
+        from burnish.train.build import build_model
+        from burnish.train.state import State, load_optimizer
 
         ends = []
         for number, recipe in enumerate(recipes):
             saved = Path(folder, str(number))
-            model = build_model(recipe, cuda=False)
-            if resumes:
-                load_weights(model, saved / checkpoint.WEIGHTS)
+            model = build_model(recipe, False, self.world, saved / checkpoint.WEIGHTS if resumes else None)
             engine = ds.build_engine(recipe, model, self.world)
             state = State(engine)
             if resumes:
@@ -148,7 +152,7 @@ class Worker:
     def state(self, recipes: list[Recipe]) -> list[dict[str, int]]:
         """Bytes of each tensor that this worker writes of a checkpoint after a step, by recipe."""
         from burnish.train import engine as ds
-        from burnish.train.model import build_model
+        from burnish.train.build import build_model
         from burnish.train.state import State, _stepped
 
         def tensors(files) -> dict[str, torch.Tensor]:
@@ -161,7 +165,7 @@ class Worker:
 
         found = []
         for recipe in recipes:
-            engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
+            engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
             self.steps(engine, make_packs()[:1])
             state = State(engine)
             if state._group is not None:  # a worker whose storage is slow is waited for
@@ -193,14 +197,14 @@ class Worker:
         """Losses of three of the loop's own steps, or of the third from a checkpoint of the first two."""
         from burnish.train import checkpoint, loop, worker, writer
         from burnish.train import engine as ds
-        from burnish.train.model import build_model, pack_cost
+        from burnish.train.build import build_model
+        from burnish.train.model import pack_cost
         from burnish.train.objective import Objective
-        from burnish.train.state import State, load_optimizer, load_weights
+        from burnish.train.state import State, load_optimizer
         from burnish.train.throughput import Meter
 
-        home, saved, model = Home(Path(folder)), Path(folder, "saved"), build_model(recipe, cuda=False)
-        if resumes:
-            load_weights(model, saved / checkpoint.WEIGHTS)
+        home, saved = Home(Path(folder)), Path(folder, "saved")
+        model = build_model(recipe, False, self.world, saved / checkpoint.WEIGHTS if resumes else None)
         engine = ds.build_engine(recipe, model, self.world)
         if resumes:
             load_optimizer(engine, saved / checkpoint.OPTIMIZER)
@@ -223,14 +227,28 @@ class Worker:
         watchdog.rest()
         return found
 
+    def loading(self, recipe: Recipe) -> tuple[int, dict[str, torch.Tensor]]:
+        """Bytes that this process takes more at its peak while the model loads, and the weights that then are there."""
+        import deepspeed
+
+        from burnish.train.build import build_model
+
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on (proc(5))
+        before = _status("VmRSS")
+        model = build_model(recipe, False, self.world)
+        grown = _status("VmHWM") - before
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=recipe.engine.zero_stage == 3):
+            return grown, {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
     def leak(self, recipe: Recipe) -> str:
         """The verdict on this worker where only the last one's borders are wrong."""
         from burnish.errors import TrainingError
         from burnish.train import engine as ds
         from burnish.train import objective, self_test
-        from burnish.train.model import build_model
+        from burnish.train.build import build_model
 
-        engine, right = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world), objective.packed_inputs
+        engine, right = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world), objective.packed_inputs
         if self.rank == self.world - 1:
             objective.packed_inputs = lambda seq_lens, device: right(np.array([seq_lens.sum()]), device)
         packs = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in make_packs()[0]]
@@ -258,10 +276,10 @@ class Worker:
 
         from burnish.train import engine as ds
         from burnish.train import self_test
-        from burnish.train.model import build_model
+        from burnish.train.build import build_model
         from burnish.train.objective import Objective
 
-        engine = ds.build_engine(recipe, build_model(recipe, cuda=False), self.world)
+        engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
         objective = Objective(engine, engine.device)
         assert objective._head is not None
         steps, trained = make_packs(packed), [p for p in engine.module.parameters() if p.requires_grad]
@@ -437,6 +455,34 @@ def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers
         assert found == pytest.approx(alone, rel=1e-5, abs=0)
         assert losses(world, 0.5, resumes=True) == found[2:], "bit for bit"
     assert losses(1, 0.0)[1:] != pytest.approx(alone[1:], rel=1e-4, abs=0), "dropout changes what is compared"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_recipe, tmp_path, tied):
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model", max_shard_size="50MB")
+    right = dict(model.named_parameters())
+    size = sum(weight.nbytes for weight in right.values())
+    largest = max(weight.nbytes for weight in right.values())
+
+    def loaded(stage: int) -> list[int]:
+        recipe = make_recipe(
+            model={"path": str(tmp_path / "model")}, scale={"num_workers": 4}, engine={"zero_stage": stage},
+        )  # fmt: skip
+        found = gang(4, "loading", recipe)
+        for _, weights in found:
+            assert set(weights) == set(right) and all(torch.equal(weights[name], right[name]) for name in right)
+        return [grown for grown, _ in found]
+
+    shared, whole = loaded(3), loaded(2)
+    print(f"{size / 2**20:.0f} MiB, largest {largest / 2**20:.0f}; peaks {[each >> 20 for each in (*shared, *whole)]} MiB")
+    assert min(whole) > 0.9 * size
+    # A quarter, the weight that is being read, and its copies on the way to the others.
+    assert max(shared) < size / 4 + 4 * largest
 
 
 def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):

@@ -50,7 +50,7 @@ def trained(recipe, steps, engine=None):
     from deepspeed.utils import safe_get_full_grad
 
     from burnish.train import engine as ds
-    from burnish.train.model import build_model
+    from burnish.train.build import build_model
 
     engine = engine or ds.build_engine(recipe, build_model(recipe, cuda=True), 1)
     loss_of = Objective(engine, engine.device)
@@ -87,7 +87,7 @@ def test_a_step_is_the_plain_step_of_the_cpu(make_recipe, tmp_path, zero_stage, 
 def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_stage, lora):
     from burnish.train import checkpoint, state, writer
     from burnish.train import engine as ds
-    from burnish.train.model import build_model
+    from burnish.train.build import build_model
 
     recipe = make_recipe(
         model={"path": str(write_model(tmp_path / "model")), "dtype": "bfloat16", "attention": "sdpa"},
@@ -102,8 +102,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_
     engine, quiet, _ = trained(recipe, steps[2:], engine)
     assert all(torch.equal(were[name], tensor) for name, tensor in tensors.items()), "it stays while training goes on"
     writer.write_files(tmp_path / "checkpoint", files)
-    fresh = build_model(recipe, cuda=True)
-    state.load_weights(fresh, tmp_path / "checkpoint" / checkpoint.WEIGHTS)
+    fresh = build_model(recipe, True, 1, tmp_path / "checkpoint" / checkpoint.WEIGHTS)
     resumed = ds.build_engine(recipe, fresh, 1)
     state.load_optimizer(resumed, tmp_path / "checkpoint" / checkpoint.OPTIMIZER)
     read = {name: tensor for held, _ in state.State(resumed).snapshot({})().values() for name, tensor in held.items()}

@@ -18,19 +18,20 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.evaluation", "train.failure", "train.generation",
-        "train.batches", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
+        "train.batches", "train.build", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {
+    "accelerate": {"train.build"},
     "deepspeed": {"train.engine"},
     "peft": {"train.adapters"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.evaluation", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
-    "transformers": {"data.tokenizer", "train.model", "train.attention", "export", "chat", "plan", "verify"},
+    "transformers": {"data.tokenizer", "train.build", "train.model", "train.attention", "export", "chat", "plan", "verify"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
 ray.train: `split` and `failure` know its types. transformers: `plan` reads a model's width."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +39,26 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> En
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(recipe, num_workers))
     return engine
+
+
+class _Weights(torch.nn.Module):
+    """Stands for a model towards DeepSpeed, which takes one parameter after the other from it."""
+
+    def __init__(self, weights: Iterator[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """The weights, each made when it is asked for."""
+        return self._weights
+
+
+def share_out(weights: Iterator[torch.nn.Parameter], recipe: Recipe, num_workers: int) -> None:
+    """Leaves each worker its part of every weight under ZeRO-3, and takes the next one when the one before is shared out.
+
+    World rank 0's values count; on the other workers any tensor of the shape will do. A collective call.
+    """
+    deepspeed.zero.Init(module=_Weights(weights), config_dict_or_path=configuration(recipe, num_workers))
 
 
 def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:

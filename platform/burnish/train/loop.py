@@ -19,13 +19,14 @@ from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
 from burnish.train.batches import Batch, batches
+from burnish.train.build import build_model
 from burnish.train.evaluation import evaluate, generate, has_learned
 from burnish.train.failure import check_loss, check_tokens, memory_advice
 from burnish.train.home import Home
-from burnish.train.model import build_model, pack_cost
+from burnish.train.model import pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
-from burnish.train.state import State, load_optimizer, load_weights
+from burnish.train.state import State, load_optimizer
 from burnish.train.throughput import Meter, peak_flops, peak_memory_bytes
 from burnish.train.watchdog import Watchdog
 from burnish.train.worker import Records, Worker
@@ -100,11 +101,10 @@ def _train(attempt: Attempt, home: Home) -> None:
 def build(attempt: Attempt, home: Home, num_workers: int) -> ds.Engine:
     """The engine at the attempt's checkpoint, or at the start of the run. A collective call."""
     recipe, resume = attempt.recipe, attempt.resume
-    model = build_model(recipe, attempt.cuda)
     if resume is None:
-        return ds.build_engine(recipe, model, num_workers)
+        return ds.build_engine(recipe, build_model(recipe, attempt.cuda, num_workers), num_workers)
     with home.shelf().fetched(resume, home.folder.parent / f".{attempt.name}") as folder:
-        load_weights(model, folder / checkpoint.WEIGHTS)
+        model = build_model(recipe, attempt.cuda, num_workers, folder / checkpoint.WEIGHTS)
         engine = ds.build_engine(recipe, model, num_workers)
         load_optimizer(engine, folder / checkpoint.OPTIMIZER)
         dist.barrier()  # whoever leaves first takes the copies of a remote checkpoint away

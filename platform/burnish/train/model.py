@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from burnish.config import Recipe
 from burnish.data.balance import Cost
 from burnish.errors import RecipeError, one_line
-from burnish.train.adapters import check_adapters, with_adapters
+from burnish.train.adapters import check_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def check_model(recipe: Recipe) -> None:
         _check_files(path)
         if recipe.lora is not None:
             check_adapters(recipe.lora, shapes(path))
-    config = _text_configuration(recipe)
+    config = text_configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
         raise RecipeError(
@@ -117,7 +117,7 @@ def model_digest(path: str) -> str | None:
 
 def embedded_tokens(recipe: Recipe) -> int:
     """How many tokens the model has embeddings of; ids lie below."""
-    return int(_text_configuration(recipe).vocab_size)
+    return int(text_configuration(recipe).vocab_size)
 
 
 def unembedded(input_ids: NDArray[np.int32], embedded: int) -> int | None:
@@ -128,7 +128,7 @@ def unembedded(input_ids: NDArray[np.int32], embedded: int) -> int | None:
 
 def pack_cost(recipe: Recipe) -> Cost:
     """The time of a pack for this model, in floating-point operations of the forward and backward pass."""
-    return cost(_text_configuration(recipe), adapters=recipe.lora is not None)
+    return cost(text_configuration(recipe), adapters=recipe.lora is not None)
 
 
 def cost(config: Any, adapters: bool) -> Cost:
@@ -171,6 +171,11 @@ def head_widths(config: Any) -> frozenset[tuple[int, int]]:
     return frozenset(_widths(layer, index) for index, layer in enumerate(_layers(config)))
 
 
+def attention_dropout(config: Any) -> float:
+    """The largest dropout of attention scores in any layer."""
+    return max(float(getattr(layer, "attention_dropout", 0.0) or 0.0) for layer in _layers(config))
+
+
 def _widths(layer: Any, index: int) -> tuple[int, int]:
     plain = _number(layer, index, "hidden_size", 1024) // _number(layer, index, "num_attention_heads", 16)
     query = _number(layer, index, "head_dim", plain)
@@ -190,40 +195,6 @@ def _number(layer: Any, index: int, name: str, default: int) -> int:
     """A number of a layer, or the default; some configurations list one for each layer."""
     value = getattr(layer, name, None)
     return int((value[index % len(value)] if isinstance(value, list) else value) or default)
-
-
-def build_model(recipe: Recipe, cuda: bool) -> "torch.nn.Module":
-    """The model with packed attention, in the recipe's dtype on the CPU, adapters added where the recipe has LoRA.
-
-    Equal on every worker: adapters are drawn from `train.seed`. Only what is trained requires gradients.
-    Raises RecipeError for target modules that the model does not have.
-    """
-    import torch
-
-    from burnish.train import attention
-
-    config = _configuration(recipe)
-    _check_class(recipe, config)
-    text = _text_configuration(recipe)
-    kernel = attention.register(
-        recipe.model.attention,
-        cuda,
-        half=recipe.model.dtype != "float32",
-        heads=head_widths(text),
-        dropout=max(float(getattr(layer, "attention_dropout", 0.0) or 0.0) for layer in _layers(text)),
-    )
-    model = load_weights(recipe, attn_implementation=kernel)
-    model.config.use_cache = False
-    torch.manual_seed(recipe.train.seed)
-    if recipe.lora is not None:
-        model = with_adapters(model, recipe.lora)
-    checkpointing = recipe.model.activation_checkpointing
-    if cuda if checkpointing == "auto" else checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if recipe.lora is not None:
-            model.enable_input_require_grads()
-    result: torch.nn.Module = model.train()
-    return result
 
 
 def load_weights(recipe: Recipe, **options: Any) -> Any:
@@ -257,20 +228,25 @@ def check_loaded(model: Any, found: dict[str, Any], place: str) -> None:
 
     `found` is what transformers says of the loading.
     """
-    import torch
-
     if found["missing_keys"]:
         names = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(
             f"{place} lacks {len(found['missing_keys'])} of the model's weights, {names}; copy it again, whole"
         )
     for name, weight in model.named_parameters():
-        # Whatever is not finite shows in the sum, which makes no copy.
-        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
-            raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
+        check_finite(weight.detach(), name, place)
 
 
-def _check_class(recipe: Recipe, config: Any) -> None:
+def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
+    """Raises RecipeError where a weight is no number."""
+    import torch
+
+    # Whatever is not finite shows in the sum, which makes no copy.
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
+
+
+def check_class(recipe: Recipe, config: Any) -> None:
     """Raises RecipeError where the model's class keeps a state, or computes attention past the registered kernel."""
     from transformers import AutoModelForCausalLM
 
@@ -282,15 +258,17 @@ def _check_class(recipe: Recipe, config: Any) -> None:
         )
 
 
-def _configuration(recipe: Recipe) -> Any:
+def configuration(recipe: Recipe) -> Any:
+    """The configuration of the recipe's model. Raises RecipeError where it cannot be read."""
     try:
         return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
 
 
-def _text_configuration(recipe: Recipe) -> Any:
-    config = _configuration(recipe)
+def text_configuration(recipe: Recipe) -> Any:
+    """The part of the configuration that is of text; raises RecipeError where there are several."""
+    config = configuration(recipe)
     try:
         return config.get_text_config()
     except ValueError:

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
@@ -118,18 +117,8 @@ class State:
         return weights
 
 
-def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Puts the weights of a checkpoint into a model that DeepSpeed does not hold yet."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = load_file(file)
-    assert set(weights) == set(trained), f"{file} is of another model"
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-
-
 def load_optimizer(engine: Engine, folder: Path) -> None:
-    """Reads what any number of workers wrote. The model had its weights (`load_weights`) before DeepSpeed took it."""
+    """Reads what any number of workers wrote. The model had its weights (`build_model`) before DeepSpeed took it."""
     with ExitStack() as stack, torch.no_grad():
         files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
         about = files[0].metadata()

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from burnish.data.packing import Sample
 from burnish.data.question import Question
+from burnish.train.build import build_model
 from burnish.train.generation import greedy
-from burnish.train.model import build_model
 from tests.conftest import write_model
 
 CPU = torch.device("cpu")

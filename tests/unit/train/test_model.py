@@ -20,7 +20,8 @@ from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, RecipeError
 from burnish.preview import rows
 from burnish.train.attention import SDPA
-from burnish.train.model import build_model, check_model, cost, head_widths, load_weights, pack_cost, shapes
+from burnish.train.build import build_model
+from burnish.train.model import check_model, cost, head_widths, load_weights, pack_cost, shapes
 from burnish.verify import verify
 from tests.conftest import ROOT, write_model
 from tests.unit.test_config import SMALL

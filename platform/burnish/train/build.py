@@ -1,0 +1,139 @@
+"""The model as a worker trains it: packed attention, adapters, weights of the base or of a checkpoint.
+
+With ZeRO-3 on several workers each weight is read by world rank 0 alone and shared out before the next one is read, so that
+no worker ever holds the model: weights larger than its memory can be trained.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from burnish.config import Recipe
+from burnish.train import attention
+from burnish.train.adapters import with_adapters
+from burnish.train.engine import share_out
+from burnish.train.model import (
+    attention_dropout,
+    check_class,
+    check_finite,
+    configuration,
+    head_widths,
+    load_weights,
+    shapes,
+    text_configuration,
+)
+
+
+def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path | None = None) -> nn.Module:
+    """The model in the recipe's dtype, adapters added where the recipe has LoRA; `trained` are weights of a checkpoint.
+
+    Equal on every worker: adapters are drawn from `train.seed`. Only what is trained requires gradients. It is on the CPU,
+    or where DeepSpeed keeps what it shared out. A collective call of `num_workers`.
+    Raises RecipeError for target modules that the model does not have.
+    """
+    check_class(recipe, configuration(recipe))
+    text = text_configuration(recipe)
+    kernel = attention.register(
+        recipe.model.attention,
+        cuda,
+        half=recipe.model.dtype != "float32",
+        heads=head_widths(text),
+        dropout=attention_dropout(text),
+    )
+    model = _shared_out(recipe, kernel, num_workers, trained) if num_workers > 1 else None
+    whole = model is None
+    if model is None:
+        model = load_weights(recipe, attn_implementation=kernel)
+    model.config.use_cache = False
+    torch.manual_seed(recipe.train.seed)
+    if recipe.lora is not None:
+        model = with_adapters(model, recipe.lora)
+    if trained is not None and (whole or recipe.lora is not None):
+        _put(model, trained)
+    checkpointing = recipe.model.activation_checkpointing
+    if cuda if checkpointing == "auto" else checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if recipe.lora is not None:
+            model.enable_input_require_grads()
+    result: nn.Module = model.train()
+    return result
+
+
+def _put(model: nn.Module, file: Path) -> None:
+    """Puts the weights of a checkpoint into a model that has them whole."""
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with safe_open(file, "pt") as weights, torch.no_grad():
+        assert set(weights.keys()) == set(wanted), f"{file} is of another model"
+        for name, parameter in wanted.items():
+            parameter.copy_(weights.get_tensor(name))
+
+
+def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | None) -> Any | None:
+    """The base model with its weights shared out over all workers, or None where it must be loaded whole.
+
+    That is so without ZeRO-3, for a Hub model, where names or shapes in the files are not the model's own (transformers then
+    converts them), and for adapters that look at the weights themselves.
+    """
+    folder = Path(recipe.located().model.path)
+    looks = recipe.lora is not None and (recipe.lora.variant == "dora" or recipe.lora.modules_to_save)
+    if recipe.engine.zero_stage < 3 or not folder.is_dir() or looks:
+        return None
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=kernel
+        )
+    named = dict(model.named_parameters())
+    wanted = {name: list(parameter.shape) for name, parameter in named.items()}
+    found = shapes(folder)
+    others = set(model.state_dict()) - set(named)  # buffers that are saved, and second names of tied weights
+    if {name: found.get(name) for name in wanted} != wanted or others & set(found) or _unsaved(model, others):
+        return None
+    share_out(_weights(model, _files(folder), trained), recipe, num_workers)
+    return model
+
+
+def _unsaved(model: nn.Module, names: set[str]) -> set[str]:
+    """Those of these names that are buffers, which a file should have."""
+    return names & {name for name, _ in model.named_buffers()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each weight of a model folder."""
+    return {name: file for each in folder.glob("*.safetensors") for name, file in _files_of(each).items()}
+
+
+def _weights(model: nn.Module, files: dict[str, Path], trained: Path | None) -> Iterator[nn.Parameter]:
+    """Each weight of a model without any, filled on world rank 0 when it is asked for; tied ones stay one."""
+    if trained is not None:
+        files = files | _files_of(trained)
+    first = dist.get_rank() == 0
+    real: dict[nn.Parameter, nn.Parameter] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    places = [
+        (module, key, each) for module in model.modules() for key, each in module._parameters.items() if each is not None
+    ]
+    for module, key, empty in places:
+        if empty not in real:
+            weight = torch.empty(empty.shape, dtype=empty.dtype)
+            if first:
+                name = names[empty]
+                with safe_open(files[name], "pt") as file:  # one at a time, so that what was read is no longer mapped
+                    weight.copy_(file.get_tensor(name))
+                check_finite(weight, name, f"model.path: {files[name].parent}")
+            real[empty] = nn.Parameter(weight, requires_grad=empty.requires_grad)
+            module._parameters[key] = real[empty]
+            del weight
+            yield real[empty]
+        module._parameters[key] = real[empty]
+
+
+def _files_of(file: Path) -> dict[str, Path]:
+    with safe_open(file, "pt") as weights:
+        return dict.fromkeys(weights.keys(), file)
