@@ -1,5 +1,6 @@
 """One step is one step: real DeepSpeed on gloo, for workers x accumulation x ZeRO stage, against one plain big batch."""
 
+import ctypes
 import gc
 import json
 import os
@@ -234,6 +235,8 @@ class Worker:
         from burnish.train.build import build_model
 
         gc.collect()
+        # What is freed is given back at once, as weights of the size of a large model's always are (mallopt(3), -3).
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on (proc(5))
         before = _status("VmRSS")
         model = build_model(recipe, False, self.world)
@@ -457,11 +460,10 @@ def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers
     assert losses(1, 0.0)[1:] != pytest.approx(alone[1:], rel=1e-4, abs=0), "dropout changes what is compared"
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_recipe, tmp_path, tied):
+def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_recipe, tmp_path):
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "model", max_shard_size="50MB")
@@ -481,8 +483,8 @@ def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_r
     shared, whole = loaded(3), loaded(2)
     print(f"{size / 2**20:.0f} MiB, largest {largest / 2**20:.0f}; peaks {[each >> 20 for each in (*shared, *whole)]} MiB")
     assert min(whole) > 0.9 * size
-    # A quarter, the weight that is being read, and its copies on the way to the others.
-    assert max(shared) < size / 4 + 4 * largest
+    # A quarter, the weight that is being read, and its copy on the way to the others.
+    assert max(shared) < size / 4 + 2 * largest
 
 
 def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):

@@ -89,6 +89,7 @@ def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | N
         model = AutoModelForCausalLM.from_config(
             configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=kernel
         )
+    model.tie_weights()  # what was empty when it was set is no longer the same
     named = dict(model.named_parameters())
     wanted = {name: list(parameter.shape) for name, parameter in named.items()}
     found = shapes(folder)
