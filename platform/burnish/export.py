@@ -201,9 +201,13 @@ def _check_reload(
 
     `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others.
     """
-    options = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True, **recipe.model.loading()}
     adapter = (folder / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(recipe.located().model.path if adapter else folder, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        recipe.located().model.path if adapter else folder,
+        **recipe.model.loading(),
+        use_safetensors=True,
+        dtype=getattr(torch, recipe.model.dtype),
+    )
     model = with_saved_adapters(model, folder) if adapter else model
     found = dict(model.named_parameters())
     if weights is not None:
