@@ -31,7 +31,13 @@ from burnish.config import Recipe, parse
 from burnish.train.ledger import lines
 
 ROOT = Path(__file__).resolve().parent.parent
-_WITHOUT_RAY = "tests/e2e/test_verify.py"
+_BESIDE = (
+    "tests/distributed/test_engine.py",
+    "tests/e2e/test_verify.py",
+    "tests/e2e/test_jobs.py::test_a_sweep",
+    "tests/e2e/test_jobs.py::test_a_local_cluster",
+)
+"""Of the tests below distributed/ and e2e/ those that share no Ray with the others, or only their workers among each other."""
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
@@ -169,15 +175,19 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process starts whatever Ray is needed, and the other runs all that needs none beside it."""
+    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it, in about half of the time."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRay(LoadScopeScheduling):
+    class TwoProcesses(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) and file != _WITHOUT_RAY else nodeid
+            if file in _BESIDE:
+                return file
+            return (
+                "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) and not nodeid.startswith(_BESIDE) else nodeid
+            )
 
-    return OneRay(config, log)
+    return TwoProcesses(config, log)
 
 
 def free_ports(count: int) -> list[int]:
