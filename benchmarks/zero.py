@@ -83,10 +83,11 @@ def automatic(recipe: Recipe, folder: Path) -> Callable[[np.ndarray], float]:
             "steps_per_print": 1 << 60,
         }
     )
-    torch.manual_seed(recipe.train.seed)
-    model = with_adapters(AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32), recipe.lora)
     arguments = TrainingArguments(str(folder / "trainer"), per_device_train_batch_size=1, use_cpu=True, report_to=[])
     config.trainer_config_process(arguments)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    torch.manual_seed(recipe.train.seed)
+    model = with_adapters(model, recipe.lora)
     config.trainer_config_finalize(arguments, model, 1000)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config.config)

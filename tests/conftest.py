@@ -175,7 +175,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it, in about half of the time."""
+    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it,."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoProcesses(LoadScopeScheduling):
