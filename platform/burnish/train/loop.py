@@ -1,6 +1,5 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from burnish.train.model import pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.state import State, load_optimizer
+from burnish.train.step import Step, take
 from burnish.train.throughput import Meter, peak_flops, peak_memory_bytes
 from burnish.train.watchdog import Watchdog
 from burnish.train.worker import Records, Worker
@@ -121,20 +121,13 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     started = time.monotonic()
     done = (step - 1) / recipe.train.max_steps if recipe.train.max_steps else 0.0
     rate = learning_rate(recipe.optim, step, max(meta.progress, done))
-    ds.set_learning_rate(engine, rate)
+    for input_ids, _, _ in batch.packs:
+        check_tokens(input_ids, meta, ds.vocabulary(engine))
     # The sum of losses, what the run is asked to do and what was computed travel in the one collective that a step adds.
     shared = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    grad_norm = 0.0
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
-        for number, (input_ids, labels, seq_lens) in enumerate(batch.packs):
-            check_tokens(input_ids, meta, ds.vocabulary(engine))
-            # Dropout is a function of the pack's place in the run, whatever worker trains it and however often.
-            torch.manual_seed(seed_of(recipe.train.seed, step, dist.get_rank() + number * dist.get_world_size()))
-            loss = worker.objective.loss_sum(input_ids, labels, seq_lens)
-            ds.backward(engine, loss, meta.trained_tokens, dist.get_world_size())
-            grad_norm = ds.step(engine)
-            shared[0] += loss.detach()
-            worker.watchdog.beat()
+        told = Step(step, rate, meta.trained_tokens, recipe.train.seed)
+        shared[0], grad_norm = take(engine, worker.objective, batch.packs, told, worker.watchdog.beat)
     shared[1] = float(Wish.of(worker.home.folder)) if dist.get_rank() == 0 else 0.0
     shared[2] = worker.meter.flops([seq_lens for _, _, seq_lens in batch.packs])
     dist.all_reduce(shared)
@@ -211,12 +204,6 @@ class Saver:
         value = measured.get(self._worker.recipe.checkpoint.best or "")
         if value is not None:
             self._best = value if self._best is None else min(value, self._best)
-
-
-def seed_of(seed: int, step: int, pack: int) -> int:
-    """The seed of the random numbers that a pack of a step draws; the same in every version of Python."""
-    digest = hashlib.sha256(f"{seed} {step} {pack}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def due(step: int, every: int | None) -> bool:
