@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Every GPU test and benchmark, on a machine with one GPU that reaches no network and has torch and the common libraries.
+#
+#     benchmarks/gpu.sh pack [3.12]    with a network: what such a machine lacks, for its Python, into .gpu/site.tar.xz
+#     benchmarks/gpu.sh run            there, beside that .gpu/: tests, then tables, each into $OUT or .gpu/results/
+#
+# A wheel of flash-attn for the machine's torch may be unpacked into .gpu/flash; without it torch's own kernel is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lacking=(annotated-types datasets deepspeed dill hjson jsonschema jsonschema-specifications multiprocess peft pydantic
+  pydantic-core ray referencing rpds-py tenacity tensorboardx transformers trl typing-inspection)
+
+pack() {
+  rm -rf .gpu/site && mkdir -p .gpu/site
+  local wanted=() name
+  for name in "${lacking[@]}"; do
+    wanted+=("$(grep -iE "^${name/-/[-_]}==" constraints.txt)")
+  done
+  python3 -m pip wheel --quiet --no-deps --wheel-dir .gpu/wheels "$(grep -i '^deepspeed==' constraints.txt)"
+  python3 -m pip wheel --quiet --no-deps --wheel-dir .gpu/wheels "$(grep -i '^hjson==' constraints.txt)"
+  python3 -m pip install --quiet --no-deps --only-binary=:all: --python-version "$1" --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --find-links .gpu/wheels --target .gpu/site "${wanted[@]}"
+  # What Ray has for other purposes than ours is most of it.
+  (cd .gpu/site/ray && rm -rf jars rllib llm serve dashboard/client)
+  find .gpu/site -name '*.so*' -o -path '*/ray/core/src/ray/*' -type f -perm -u+x | xargs -r strip --strip-unneeded 2>/dev/null || true
+  find .gpu/site -name __pycache__ -o -name tests -path '*transformers*' | xargs rm -rf
+  mkdir -p .gpu/site/burnish-0.dist-info
+  printf 'Metadata-Version: 2.1\nName: burnish\nVersion: %s\n' \
+    "$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" > .gpu/site/burnish-0.dist-info/METADATA
+  tar -C .gpu -cJf .gpu/site.tar.xz site
+  rm -rf .gpu/site .gpu/wheels
+  du -h .gpu/site.tar.xz
+}
+
+run() {
+  local place results=${OUT:-.gpu/results}
+  place=$(mktemp -d)
+  trap 'rm -rf "$place"' EXIT
+  mkdir -p "$results"
+  tar -C "$place" -xJf .gpu/site.tar.xz
+  find "$place/site/ray/core" -type f -exec chmod +x {} +
+  export PYTHONPATH="$place/site:$PWD/.gpu/flash:$PWD/platform:$PWD"
+  export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
+  local status=0
+  timeout 240 python3 -m pytest -m gpu -o timeout=200 2>&1 | tee "$results/tests.txt" || status=1
+  timeout 150 python3 benchmarks/step.py --size 8b --rounds 5 2>&1 | tee "$results/step-8b.txt" || status=1
+  timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 2>&1 | tee "$results/step-1b.txt" || status=1
+  timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 --all-weights 2>&1 | tee "$results/step-1b-all.txt" || status=1
+  timeout 120 python3 benchmarks/gpu.py 2>&1 | tee "$results/gpu.txt" || status=1
+  return $status
+}
+
+case "${1:-}" in
+  pack) pack "${2:-3.12}" ;;
+  run) run ;;
+  *) sed -n '2,9p' "$0"; exit 2 ;;
+esac
