@@ -7,10 +7,11 @@ from burnish.config import Recipe
 from burnish.data.contract import Contract
 
 
-def card(recipe: Recipe, contract: Contract, data: dict[str, Any], result: dict[str, Any], step: int, merged: bool) -> str:
-    """Markdown with the metadata block that model hubs read; `recipe` is located, `data` and `result` are the run's files.
-
-    It claims nothing that the run did not measure; a licence is the owner's to write.
+def card(
+    recipe: Recipe, contract: Contract, data: dict[str, Any], metrics: dict[str, float], step: int, merged: bool
+) -> str:
+    """Markdown with the metadata block that model hubs read; `recipe` is located, `data` the run's file, `metrics` the
+    step's. It claims nothing that the run did not measure; a licence is the owner's to write.
     """
     adapter = recipe.lora is not None and not merged
     base = recipe.model.path
@@ -21,7 +22,6 @@ def card(recipe: Recipe, contract: Contract, data: dict[str, Any], result: dict[
         "tags": ["burnish", "conversational", *(["lora"] if recipe.lora else [])],
     }
     head = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
-    metrics = result.get("metrics", {})
     rows = data.get("rows", {})
     facts = {
         "Base model": f"`{base}`" + (f", commit {recipe.model.revision}" if recipe.model.revision else ""),
@@ -30,7 +30,7 @@ def card(recipe: Recipe, contract: Contract, data: dict[str, Any], result: dict[
         + (f"; {rows['train']:,} rows" if "train" in rows else ""),
         "Data sha256": f"`{data['train']}`" if "train" in data else "",
         "Steps": f"{step:,} of {recipe.train.global_batch_size} packs of {recipe.data.max_length:,} tokens",
-        "Loss": f"{metrics['train/loss']:.4f} at the last step" if "train/loss" in metrics else "",
+        "Loss": f"{metrics['train/loss']:.4f} at this step" if "train/loss" in metrics else "",
         "Held-out loss": f"{metrics['eval/loss']:.4f}" if "eval/loss" in metrics else "",
         "Stop tokens": ", ".join(f"`{token}`" for token in contract.stop_tokens),
         "Template variables": f"`{json.dumps(contract.kwargs, ensure_ascii=False)}`" if contract.kwargs else "",

@@ -107,8 +107,8 @@ def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
         _check_reload(recipe, partial, logits, _probe_ids(contract), None if merge else weights)
     _write_tokenizer(recipe, contract, partial)
     (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
-    data, result = (_read_json(home.folder / name) for name in ("data.json", "result.json"))
-    (partial / "README.md").write_text(card(recipe, contract, data, result, origin.step, merge), encoding="utf-8")
+    data = json.loads((home.folder / "data.json").read_text())
+    (partial / "README.md").write_text(card(recipe, contract, data, found.metrics, origin.step, merge), encoding="utf-8")
     (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
     os.replace(partial, folder)
     return folder
@@ -123,12 +123,6 @@ def _wanted(shelf: Shelf, recipe: Recipe, step: int | None) -> checkpoint.Checkp
     found = checkpoint.verify(shelf, name) if name in shelf.names() else None
     if found is None:
         raise RecipeError(f"--step: {shelf.path(name)} does not stand or is broken; those that stand: {shelf.names()}")
-    return found
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """What a file of the run says; nothing where a run that goes on has not written it yet."""
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found
 
 

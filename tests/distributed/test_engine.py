@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -228,8 +229,8 @@ class Worker:
         watchdog.rest()
         return found
 
-    def loading(self, recipe: Recipe) -> tuple[int, dict[str, torch.Tensor]]:
-        """Bytes that this process takes more at its peak while the model loads, and the weights that then are there."""
+    def loading(self, recipe: Recipe) -> tuple[int, bool, dict[str, torch.Tensor]]:
+        """Bytes that this process takes more at its peak while the model loads, whether it has its part alone, and all weights."""
         import deepspeed
 
         from burnish.train.build import build_model
@@ -242,7 +243,8 @@ class Worker:
         model = build_model(recipe, False, self.world)
         grown = _status("VmHWM") - before
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=recipe.engine.zero_stage == 3):
-            return grown, {name: weight.detach().clone() for name, weight in model.named_parameters()}
+            weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        return grown, all(hasattr(weight, "ds_id") for weight in model.parameters()), weights
 
     def leak(self, recipe: Recipe) -> str:
         """The verdict on this worker where only the last one's borders are wrong."""
@@ -476,15 +478,30 @@ def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_r
             model={"path": str(tmp_path / "model")}, scale={"num_workers": 4}, engine={"zero_stage": stage},
         )  # fmt: skip
         found = gang(4, "loading", recipe)
-        for _, weights in found:
-            assert set(weights) == set(right) and all(torch.equal(weights[name], right[name]) for name in right)
-        return [grown for grown, _ in found]
+        for _, shared, weights in found:
+            assert (
+                shared == (stage == 3)
+                and set(weights) == set(right)
+                and all(torch.equal(weights[name], right[name]) for name in right)
+            )
+        return [grown for grown, _, _ in found]
 
     shared, whole = loaded(3), loaded(2)
     print(f"{size / 2**20:.0f} MiB, largest {largest / 2**20:.0f}; peaks {[each >> 20 for each in (*shared, *whole)]} MiB")
     assert min(whole) > 0.9 * size
     # A quarter, the weight that is being read, and its copy on the way to the others.
     assert max(shared) < size / 4 + 2 * largest
+
+
+@pytest.mark.parametrize("odd", ["scale", "twice"])
+def test_files_that_hold_more_than_the_model_are_left_to_transformers(gang, make_recipe, tmp_path, odd):
+    folder = write_model(tmp_path / "model")
+    right = load_file(folder / "model.safetensors")
+    extra = {"model.norm.weight_scale_inv": torch.ones(1)} if odd == "scale" else {"model.norm.weight": torch.zeros(32)}
+    save_file(extra, folder / "other.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(model={"path": str(folder)}, scale={"num_workers": 2}, engine={"zero_stage": 3})
+    for _, shared, weights in gang(2, "loading", recipe):
+        assert not shared and all(torch.equal(weights[name], right[name]) for name in right)
 
 
 def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):

@@ -118,6 +118,8 @@ def test_the_best_checkpoint_is_exported_where_the_recipe_names_a_metric_and_ano
         return json.loads((folder / "export.json").read_text())["step"], tensors[sorted(tensors)[0]]
 
     (best, first), (newest, second) = exported("best"), exported("seven", step=7)
+    for name, loss in (("best", "1.0000"), ("seven", "3.0000")):
+        assert f"| Held-out loss | {loss} |" in (tmp_path / name / "README.md").read_text(), "of these weights"
     assert (best, newest) == (5, 7) and not torch.equal(first, second)
     with pytest.raises(RecipeError, match=r"step-00000003 does not stand or is broken; .*step-00000005.*step-00000007"):
         exported("three", step=3)

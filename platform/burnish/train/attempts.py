@@ -26,6 +26,7 @@ from burnish.train.failure import decide, last_line, lost_to_memory, memory_opti
 from burnish.train.home import Home
 from burnish.train.ledger import lines
 from burnish.train.prepare import Prepared
+from burnish.train.schedule import kept_losses
 from burnish.train.split import OrderedSplit
 from burnish.train.watchdog import hang
 
@@ -146,7 +147,10 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int, stages: St
         resume=start.name if start else None,
         progress=progress,
         best=leader[1] if leader else None,
-        losses=tuple(line["eval/loss"] for line in measured if "eval/loss" in line and line["step"] <= progress.step),
+        losses=kept_losses(
+            [line["eval/loss"] for line in measured if "eval/loss" in line and line["step"] <= progress.step],
+            leader[1] if leader else None,
+        ),
         questions=prepared.questions,
         template=prepared.template,
         remains=bool(windows),

@@ -4,6 +4,7 @@ With ZeRO-3 on several workers each weight is read by world rank 0 alone and sha
 no worker ever holds the model: weights larger than its memory can be trained.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from burnish.train.model import (
     shapes,
     text_configuration,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path | None = None) -> nn.Module:
@@ -78,8 +81,8 @@ def _put(model: nn.Module, file: Path) -> None:
 def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | None) -> Any | None:
     """The base model with its weights shared out over all workers, or None where it must be loaded whole.
 
-    That is so without ZeRO-3, for a Hub model, where names or shapes in the files are not the model's own (transformers then
-    converts them), and for adapters that look at the weights themselves.
+    That is so without ZeRO-3, for a Hub model, where the files hold other tensors than the model has (transformers then
+    converts them, or scales what is quantised), and for adapters that look at the weights themselves.
     """
     folder = Path(recipe.located().model.path)
     looks = recipe.lora is not None and (recipe.lora.variant == "dora" or recipe.lora.modules_to_save)
@@ -92,22 +95,20 @@ def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | N
     model.tie_weights()  # what was empty when it was set is no longer the same
     named = dict(model.named_parameters())
     wanted = {name: list(parameter.shape) for name, parameter in named.items()}
-    found = shapes(folder)
-    others = set(model.state_dict()) - set(named)  # buffers that are saved, and second names of tied weights
-    if {name: found.get(name) for name in wanted} != wanted or others & set(found) or _unsaved(model, others):
+    # A tensor in two files may be either; transformers knows which. Buffers that are saved are no weights.
+    names = [name for file in folder.glob("*.safetensors") for name in _files_of(file)]
+    saved = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    if shapes(folder) != wanted or len(names) != len(wanted) or saved:
+        if dist.get_rank() == 0:
+            logger.warning("%s: its files hold other tensors than the model, so every worker loads all of it", folder)
         return None
-    share_out(_weights(model, _files(folder), trained), recipe, num_workers)
+    files = {name: file for each in folder.glob("*.safetensors") for name, file in _files_of(each).items()}
+    share_out(_weights(model, files, trained), recipe, num_workers)
+    device = next(model.parameters()).device
+    for module in model.modules():  # DeepSpeed leaves buffers where they are, since the weights are shared out already
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     return model
-
-
-def _unsaved(model: nn.Module, names: set[str]) -> set[str]:
-    """Those of these names that are buffers, which a file should have."""
-    return names & {name for name, _ in model.named_buffers()}
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each weight of a model folder."""
-    return {name: file for each in folder.glob("*.safetensors") for name, file in _files_of(each).items()}
 
 
 def _weights(model: nn.Module, files: dict[str, Path], trained: Path | None) -> Iterator[nn.Parameter]:

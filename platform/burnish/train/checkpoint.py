@@ -41,6 +41,7 @@ class Checkpoint:
     num_workers: int
     behaviour_sha256: str
     files: tuple[str, ...]
+    metrics: dict[str, float]
 
 
 def name_of(step: int) -> str:
@@ -99,7 +100,7 @@ def verify(shelf: Shelf, name: str) -> Checkpoint | None:
                 return None
         progress = Progress(manifest["step"], Cursor(**manifest["cursor"]))
         about = manifest["num_workers"], manifest["behaviour_sha256"]
-        return Checkpoint(name, shelf.path(name), progress, *about, tuple(files))
+        return Checkpoint(name, shelf.path(name), progress, *about, tuple(files), dict(manifest.get("metrics", {})))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError as error:

@@ -38,10 +38,11 @@ def generate(worker: Worker, records: Records | None, step: int) -> None:
     if not attempt.questions:
         return
     engine.eval()
-    most = worker.recipe.train.generation_tokens
-    answers = greedy(engine, attempt.questions, template.stop_ids, most, engine.device)
+    most, capacity = worker.recipe.train.generation_tokens, worker.recipe.data.max_length
+    beat = worker.watchdog.beat
+    answers = greedy(engine, attempt.questions, template.stop_ids, most, capacity, engine.device, beat)
     engine.train()
-    worker.watchdog.beat()
+    worker.watchdog.rest()
     if records:
         noted = [
             {

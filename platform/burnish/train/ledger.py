@@ -35,7 +35,9 @@ class Ledger:
     def open(cls, folder: Path, step: int, max_refused_rows: float) -> "Ledger":
         """The records of a run that goes on after `step`; lines of later steps and torn lines are removed."""
         for name in ("ledger.jsonl", "metrics.jsonl", "generations.jsonl"):
-            _rewrite(folder / name, [line for line in lines(folder / name) if line["step"] <= step])
+            kept = [line for line in lines(folder / name) if line["step"] <= step]
+            # A run that begins anew may be asked other questions, or ask another model.
+            _rewrite(folder / name, kept if step or name != "generations.jsonl" else [])
         refused = list(lines(folder / "refused.jsonl")) if step else []
         _rewrite(folder / "refused.jsonl", refused)
         return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows)
@@ -59,8 +61,9 @@ class Ledger:
 
     def generate(self, step: int, answers: list[dict[str, Any]]) -> None:
         """Appends what the model answered after a step, unless an attempt before has noted it."""
-        if step not in {line["step"] for line in lines(self.folder / "generations.jsonl")}:
-            for answer in answers:
+        noted = {(line["step"], line["row"]) for line in lines(self.folder / "generations.jsonl")}
+        for answer in answers:
+            if (step, answer["row"]) not in noted:
                 append(self.folder / "generations.jsonl", {"step": step, **answer})
 
     def refuse(self, refusals: tuple[dict[str, Any], ...]) -> None:

@@ -228,17 +228,20 @@ def _has_trained(home: Home) -> bool:
 
 
 def write_run_folder(prepared: Prepared, home: Home) -> None:
-    """What the run was started from, written once; recipe.yaml last, since it says that the rest stands."""
+    """What the run was started from, written once; recipe.yaml last, since it says that the rest stands.
+
+    Of a run that goes on the recipe alone is written anew, with what was free to change.
+    """
     folder = home.folder
-    if _has_trained(home):
-        return
+    goes_on = _has_trained(home)
     try:
-        for name in ("mlflow.json", DELIVERED, "attempts.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
-        counted = {"train": prepared.train.num_rows, **({"eval": prepared.eval.num_rows} if prepared.eval else {})}
-        write_json(folder / "data.json", {**digests(prepared), "rows": counted})
+        if not goes_on:
+            for name in ("mlflow.json", DELIVERED, "attempts.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
+            (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
+            counted = {"train": prepared.train.num_rows, **({"eval": prepared.eval.num_rows} if prepared.eval else {})}
+            write_json(folder / "data.json", {**digests(prepared), "rows": counted})
         replace_text(folder / "recipe.yaml", prepared.recipe.located().to_yaml())
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error

@@ -24,3 +24,15 @@ def learning_rate(optim: OptimSpec, step: int, progress: float) -> float:
 def evaluations_without_gain(losses: Sequence[float]) -> int:
     """Evaluations behind the one with the smallest held-out loss; 0 where the newest is better than all before."""
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
+
+
+def kept_losses(losses: Sequence[float], best: float | None) -> tuple[float, ...]:
+    """The held-out losses since the last one that is smaller than `best`, the smallest of which a checkpoint stands.
+
+    Weights that were better than all that stand were not kept, as before `checkpoint.best` was written into the recipe; to
+    wait for a loss below theirs would end a run with weights that it can still better.
+    """
+    if best is None:
+        return ()
+    lost = [number for number, loss in enumerate(losses) if loss < best]
+    return tuple(losses[lost[-1] + 1 :] if lost else losses)

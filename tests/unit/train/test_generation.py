@@ -39,11 +39,25 @@ def test_answers_are_those_of_plain_transformers_to_each_prompt_alone(make_recip
         )
         return found[0, len(prompt) :].tolist()
 
-    free = greedy(model, questions(*prompts), frozenset(), 20, CPU)
+    free = greedy(model, questions(*prompts), frozenset(), 20, 128, CPU)
     assert free == [alone(prompt, [-1]) for prompt in prompts]
     assert [len(answer) for answer in free] == [20] * 3 and len({tuple(answer) for answer in free}) > 1
     stop = free[1][3]
-    stopped = greedy(model, questions(*prompts), frozenset({stop}), 20, CPU)
+    stopped = greedy(model, questions(*prompts), frozenset({stop}), 20, 128, CPU)
     assert stopped == [alone(prompt, [stop]) for prompt in prompts]
     assert stopped[1][-1] == stop and len(stopped[1]) <= 4, "with its stop token, and no further"
-    assert greedy(model, [], frozenset({stop}), 20, CPU) == []
+    assert greedy(model, [], frozenset({stop}), 20, 128, CPU) == []
+
+
+def test_no_row_is_longer_than_a_pack_and_no_answer_than_what_fits(make_recipe, monkeypatch):
+    model = build_model(make_recipe(), cuda=False).eval()
+    prompts, capacity, widths, beats = [[5] * 20, [6] * 38, [7] * 8, [8] * 9, [9] * 40], 40, [], []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, **more: widths.append(input_ids.shape[1]) or forward(input_ids, **more)
+    )
+    found = greedy(model, questions(*prompts), frozenset(), 10, capacity, CPU, lambda: beats.append(len(widths)))
+    assert [len(answer) for answer in found] == [10, 2, 10, 10, 1], "one at least"
+    assert max(widths) <= capacity and beats == [*range(len(widths))], "before each pass"
+    alone = [greedy(model, questions(prompt), frozenset(), 10, 1024, CPU)[0] for prompt in prompts]
+    assert found == [answer[: len(one)] for answer, one in zip(alone, found, strict=True)]

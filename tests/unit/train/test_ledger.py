@@ -45,6 +45,15 @@ def test_answers_of_an_evaluation_stand_once(tmp_path):
         resumed.generate(step, [answer, {**answer, "row": "f#2"}])
     found = list(lines(tmp_path / "generations.jsonl"))
     assert [(line["step"], line["row"]) for line in found] == [(step, row) for step in (0, 2, 4) for row in ("f#1", "f#2")]
+    anew = Ledger.open(tmp_path, 0, 9)
+    anew.generate(0, [{**answer, "answer": "of another model"}])
+    (line,) = lines(tmp_path / "generations.jsonl")
+    assert line["answer"] == "of another model"
+    with open(tmp_path / "generations.jsonl", "a") as file:
+        file.write('{"step": 2, "torn')
+    killed = Ledger.open(tmp_path, 2, 9)
+    killed.generate(0, [answer, {**answer, "row": "f#2"}])
+    assert [line["row"] for line in lines(tmp_path / "generations.jsonl")] == ["f#1", "f#2"], "what was missing of a step"
 
 
 def test_too_many_refused_rows_end_the_run_and_overlong_ones_do_not_count(tmp_path):

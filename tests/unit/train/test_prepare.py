@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from burnish.data import pipeline
+from burnish.config import load
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
 from burnish.train.adapters import with_adapters
@@ -182,3 +182,24 @@ def test_adapters_on_a_weight_that_input_and_output_share_are_refused(make_recip
     assert model.config.tie_word_embeddings
     with pytest.raises(RecipeError, match="embed_tokens shares its weight"):
         with_adapters(model, recipe.lora)
+
+
+def test_a_run_that_goes_on_notes_what_was_free_to_change(started):
+    recipe, folder = started
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "recipe.yaml"}
+    other = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"best": "eval/loss"})})
+    check_same_run(prepare(other), Home(folder))
+    write_run_folder(prepare(other), Home(folder))
+    assert load(folder / "recipe.yaml") == other.located()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
+
+
+def test_the_first_held_out_rows_that_can_be_trained_are_asked(make_recipe, tmp_path):
+    rows = write_rows(tmp_path / "eval.jsonl", [conversation(1, 2), {"messages": []}, conversation(2), conversation(3)])
+    data = {"eval": [{"path": str(rows)}], "max_refused": 0.5}
+    prepared = prepare(make_recipe(data=data, train={"generations": 2}))
+    assert [question.row for question in prepared.questions] == [f"{rows}#0", f"{rows}#2"]
+    template, last = prepared.template, conversation(1, 2)["messages"][-1]["content"]
+    assert template.decode(prepared.questions[0].reference) == last + "<|im_end|>"
+    assert template.decode(prepared.questions[0].prompt).endswith("<|im_start|>assistant\n")
+    assert prepare(make_recipe(data=data, train={"generations": 0})).questions == ()

@@ -3,7 +3,7 @@
 import pytest
 
 from burnish.sections import OptimSpec
-from burnish.train.schedule import evaluations_without_gain, learning_rate
+from burnish.train.schedule import evaluations_without_gain, kept_losses, learning_rate
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
@@ -28,3 +28,10 @@ def test_evaluations_behind_the_best_are_counted():
         ([1, 2, 3, 0.5], 0),
     ):
         assert evaluations_without_gain(losses) == wanted
+
+
+def test_losses_of_weights_that_were_not_kept_do_not_end_a_run():
+    assert kept_losses([1.0, 1.1, 1.2], None) == ()
+    assert kept_losses([1.0, 1.1, 1.2], 1.1) == (1.1, 1.2)
+    assert kept_losses([2.0, 1.0, 1.1], 1.0) == (2.0, 1.0, 1.1)
+    assert kept_losses([], 1.0) == ()
