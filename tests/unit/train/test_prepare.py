@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from burnish.config import load
+from burnish.data import pipeline
 from burnish.data.contract import difference
 from burnish.errors import DataError, RecipeError
 from burnish.train.adapters import with_adapters
