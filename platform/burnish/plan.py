@@ -1,7 +1,10 @@
 """What a recipe will cost, counted by the same graph that training streams from."""
 
+import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,28 +16,31 @@ from burnish.data import order, pipeline, quality, survey
 from burnish.data.order import Cursor
 from burnish.data.quality import Finding
 from burnish.data.stages import Patience, Stages
-from burnish.train.adapters import num_weights
 from burnish.train.cluster import connected, role_labels
-from burnish.train.model import shapes
+from burnish.train.footprint import lay_out
 from burnish.train.prepare import prepare
+from burnish.train.rehearsal import Rehearsal, rehearse
 
+_PARTS = ("weights", "gradients", "optimizer", "activations")
 _EXAMPLES = 3
 """Rows shown of each reason to leave rows out."""
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Rows, refusals by code, samples, packs, tokens, steps, balance and memory of one epoch of a recipe.
+    """Rows, refusals by code, samples, packs, tokens, steps and balance of one epoch; memory of a worker; the time.
 
     Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, the mean of all steps; 1 is perfect.
-    Raises what `prepare` raises.
+    `seconds` is the time that workers compute, in all epochs. Raises what `prepare` raises, and RecipeError where the model
+    does not fit.
     """
     prepared = prepare(recipe)
     one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
     codes: Counter[str] = Counter()
     rows = samples = packs = tokens = trained = steps = 0
     balanced = 0.0
+    flops = 0.0
     with connected(recipe.widths()[0]):
+        tried = _rehearse(recipe)
         rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
         found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
         windows = order.train_slices(one_epoch, found.kept(), Cursor())
@@ -44,7 +50,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         stream.context.execution_options.label_selector = labels
         shares = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow"))
         for number, block in enumerate(Patience(recipe.scale.stall_seconds, stages).each(shares)):
-            samples += len(block.column("seq_lens").combine_chunks().flatten())
+            lengths = np.asarray(block.column("seq_lens").combine_chunks().flatten())
+            samples += len(lengths)
+            flops += float(rounds.cost.of(lengths, np.array([0, len(lengths)])).sum())
             if number % recipe.widths()[0]:
                 continue  # the same steps as another worker meets them
             for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // recipe.widths()[0]):
@@ -55,7 +63,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 trained += meta.trained_tokens
                 steps += bool(meta.packs)
                 balanced += meta.balance * meta.tokens
+    balance = balanced / tokens if tokens else 1.0
     total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
+    num_steps = min(total_steps, recipe.train.max_steps or total_steps)
+    rate = tried.flops_per_second
     return {
         "rows": rows,
         "refused": dict(codes),
@@ -65,11 +76,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "total_tokens": tokens,
         "trained_tokens": trained,
         "steps_per_epoch": steps,
-        "steps": min(total_steps, recipe.train.max_steps or total_steps),
+        "steps": num_steps,
         "tokens_per_step": tokens / max(1, steps),
-        "balance": balanced / tokens if tokens else 1.0,
+        "balance": balance,
         "quality": quality_of(found, recipe),
-        "memory": memory(recipe),
+        "memory": _memory(tried),
+        "seconds": rate and flops * num_steps / max(1, steps) / (rate * recipe.widths()[0] * balance),
     }
 
 
@@ -94,32 +106,40 @@ def quality_of(found: survey.Survey, recipe: Recipe) -> dict[str, dict[str, Any]
     return result
 
 
-def memory(recipe: Recipe) -> dict[str, int] | None:
-    """Bytes that weights, gradients and optimizer take on each worker, activations apart; None for a Hub model.
+def _rehearse(recipe: Recipe) -> Rehearsal:
+    """The recipe tried on the device of one worker. Raises RecipeError where it does not fit there."""
+    import ray
 
-    AdamW keeps two float32 moments, and float32 masters where training is in 16 bits (ZeRO, arXiv 1910.02054, 3.1).
-    """
-    folder = Path(recipe.model.path).expanduser()
-    found = shapes(folder) if folder.is_dir() else {}
-    if not found:
+    num_workers, wanted = recipe.widths()[0], recipe.scale.use_gpu
+    has = ray.cluster_resources().get("GPU", 0.0) > 0
+    cuda = has if wanted == "auto" else wanted
+    if cuda and not has:
+        return Rehearsal("no GPU here", None, *lay_out(recipe, sys.maxsize, num_workers), None)
+    # Ray Train puts as many workers on a node as it has places.
+    places = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    options = {"num_gpus": 1} if cuda else {"num_cpus": 1, "label_selector": role_labels(recipe, "train") or {}}
+    task = ray.remote(rehearse).options(**options)
+    found: Rehearsal = ray.get(task.remote(recipe.located(), cuda, num_workers, min(num_workers, places)))
+    return found
+
+
+def _memory(tried: Rehearsal) -> dict[str, Any] | None:
+    """What a worker's device holds, in bytes, and the layout that was decided; None for a model that cannot be measured."""
+    if tried.needed is None:
         return None
-    weights = sum(int(np.prod(shape)) for shape in found.values())
-    adapter = num_weights(recipe.lora, found) if recipe.lora else 0
-    trained = adapter if recipe.lora else weights
-    size, stage, workers = _DTYPE_BYTES[recipe.model.dtype], recipe.engine.zero_stage, recipe.widths()[0]
-    states = 8 if size == 4 else 12
-    return {
-        "weights": (weights + adapter) * size // (workers if stage == 3 else 1),
-        "gradients": trained * size // (workers if stage >= 2 else 1),
-        "optimizer": trained * states // (workers if stage >= 1 else 1),
+    layout = {
+        "zero_stage": tried.recipe.engine.stage(),
+        "activation_checkpointing": tried.recipe.model.recomputes(),
+        "device": tried.device,
+        "capacity": tried.capacity,
     }
+    return asdict(tried.needed) | {"total": tried.needed.total} | layout
 
 
 def show(result: dict[str, Any]) -> None:
     """The plan as a table for people."""
     table = Table(show_header=False, box=None)
     refused = ", ".join(f"{code} {count}" for code, count in result["refused"].items()) or "none"
-    usage = result["memory"]
     odd = [
         (code.replace("-", " "), f"{about['rows']:,}, {about['left_out']:,} of them left out; {about['examples'][0]}")
         for code, about in result["quality"].items()
@@ -134,10 +154,21 @@ def show(result: dict[str, Any]) -> None:
         ("tokens an epoch", f"{result['total_tokens']:,}, of them {result['trained_tokens']:,} trained"),
         ("steps", f"{result['steps']:,} ({result['steps_per_epoch']:,} an epoch)"),
         ("balance over workers", f"{result['balance']:.3f}"),
-        (
-            "memory a worker",
-            f"{sum(usage.values()) / 1e9:.2f} GB without activations" if usage else "unknown before download",
-        ),
+        *_on_workers(result),
     ):
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _on_workers(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the plan says of memory and time."""
+    usage, seconds = result["memory"], result["seconds"]
+    if usage is None:
+        yield "memory a worker", "cannot be told of this model"
+    else:
+        of = f" of {usage['capacity'] / 1e9:.1f}" if usage["capacity"] else ""
+        parts = ", ".join(f"{part} {usage[part] / 1e9:.2f}" for part in _PARTS)
+        yield "memory a worker", f"{usage['total'] / 1e9:.2f}{of} GB ({parts}), {usage['device']}"
+        kept = "recomputed" if usage["activation_checkpointing"] else "kept"
+        yield "layout", f"ZeRO-{usage['zero_stage']}, activations {kept}"
+    yield "time", f"{timedelta(seconds=round(seconds))} of computing" if seconds is not None else "cannot be told here"

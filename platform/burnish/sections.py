@@ -36,7 +36,8 @@ class ModelSpec(Spec):
     """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else torch's own varlen kernel there,
     and sdpa by document elsewhere."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass; auto means on with a GPU and off without."""
+    """Recompute activations in the backward pass, which takes up to half as much time again; auto means where they would not
+    fit."""
 
     @model_validator(mode="after")
     def code_is_of_one_commit(self) -> "ModelSpec":
@@ -47,6 +48,11 @@ class ModelSpec(Spec):
                 f"of it (found {self.revision!r}); write it, or trust_remote_code: false"
             )
         return self
+
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed, of a recipe whose layout is decided (`train/layout.py`)."""
+        assert self.activation_checkpointing != "auto", "a worker decides the layout before it builds anything"
+        return self.activation_checkpointing
 
     def loading(self) -> dict[str, Any]:
         """What every `from_pretrained` of this model is told: its commit, and whether the code that it brings may run.
@@ -222,10 +228,25 @@ class TrainSpec(Spec):
 class EngineSpec(Spec):
     """DeepSpeed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """What DeepSpeed shards over workers: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
-    offload: Literal["none"] = "none"
-    """Where the optimizer state lives; none keeps it on the training device."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """What DeepSpeed shards over workers: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights; auto takes 2 where the
+    weights fit on each worker, and else 3."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What of training lives in the memory of the host: none, or the optimizer's state, which is stepped there; slower."""
+
+    def stage(self) -> int:
+        """The stage of a recipe whose layout is decided (`train/layout.py`)."""
+        assert self.zero_stage != "auto", "a worker decides the layout before it builds anything"
+        return self.zero_stage
+
+    @model_validator(mode="after")
+    def what_is_offloaded_is_sharded(self) -> "EngineSpec":
+        """Raises ValueError for an optimizer in the host's memory that every worker would have whole."""
+        if self.offload == "optimizer" and self.zero_stage in (0, 1):
+            raise ValueError(
+                f"offload: optimizer works with zero_stage 2 or 3 (found {self.zero_stage}); write zero_stage: auto"
+            )
+        return self
 
 
 class ScaleSpec(Spec):

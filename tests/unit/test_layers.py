@@ -14,27 +14,27 @@ LAYERS = {
     0: {"errors", "interrupts", "complaint", "redact", "sections", "config", "reference"},
     1: {
         "data.balance", "data.contract", "data.conversation", "data.dye", "data.encoding", "data.files", "data.formats", "data.order", "data.packing", "data.probes", "data.quality", "data.question",
-        "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.schedule", "sweep.space",
+        "data.render", "data.rendered", "data.slices", "data.sources", "data.syntax", "data.tables", "data.template", "data.trace", "train.layout", "train.schedule", "sweep.space",
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.evaluation", "train.failure", "train.generation",
-        "train.batches", "train.build", "train.claim", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.self_test", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
+        "train.batches", "train.build", "train.claim", "train.footprint", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.rehearsal", "train.self_test", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
 }  # fmt: skip
 DOORS = {
-    "accelerate": {"train.build"},
+    "accelerate": {"train.build", "train.footprint"},
     "deepspeed": {"train.engine"},
     "peft": {"train.adapters"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.evaluation", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
-    "transformers": {"data.tokenizer", "train.build", "train.model", "train.attention", "export", "chat", "plan", "verify"},
+    "transformers": {"data.tokenizer", "train.build", "train.footprint", "train.model", "train.attention", "train.rehearsal", "export", "chat", "verify"},
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
-ray.train: `split` and `failure` know its types. transformers: `plan` reads a model's width."""
+ray.train: `split` and `failure` know its types."""
 PURE = ("ray", "torch", "transformers", "deepspeed", "mlflow", "peft")
 
 

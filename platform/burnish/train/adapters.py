@@ -1,6 +1,5 @@
 """Adapters: what a recipe names for them, checked against the model, and a model that has them (peft)."""
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,6 @@ def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> None:
             raise RecipeError(f"lora.target_modules: the model has no {target!r}; write all-linear or some of {known}")
     modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     _check_saved(spec, modules, [name for name in linear if not _is_named(name, "lm_head")])
-
-
-def num_weights(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> int:
-    """Numbers that are trained beside a model whose tensors have these shapes: adapters, and copies of modules to save."""
-    modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
-    targets = spec.target_modules
-
-    def adapted(name: str) -> bool:
-        if isinstance(targets, str):
-            return "embed" not in name and not _is_named(name, "lm_head")
-        return any(_is_named(name, target) for target in targets)
-
-    total = sum(math.prod(shape) for name, shape in modules.items() if any(_is_named(name, s) for s in spec.modules_to_save))
-    for name, shape in modules.items():
-        if len(shape) == 2 and adapted(name):
-            # dora adds the length of each row.
-            total += spec.rank * sum(shape) + (shape[0] if spec.variant == "dora" else 0)
-    return total
 
 
 def with_adapters(model: Any, spec: LoraSpec) -> Any:

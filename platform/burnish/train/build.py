@@ -27,6 +27,7 @@ from burnish.train.model import (
     configuration,
     head_widths,
     load_weights,
+    recompute,
     shapes,
     text_configuration,
 )
@@ -60,11 +61,8 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
         model = with_adapters(model, recipe.lora)
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
-    checkpointing = recipe.model.activation_checkpointing
-    if cuda if checkpointing == "auto" else checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if recipe.lora is not None:
-            model.enable_input_require_grads()
+    if recipe.model.recomputes():
+        recompute(model)
     result: nn.Module = model.train()
     return result
 
@@ -86,7 +84,7 @@ def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | N
     """
     folder = Path(recipe.located().model.path)
     looks = recipe.lora is not None and (recipe.lora.variant == "dora" or recipe.lora.modules_to_save)
-    if recipe.engine.zero_stage < 3 or not folder.is_dir() or looks:
+    if recipe.engine.stage() < 3 or not folder.is_dir() or looks:
         return None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(

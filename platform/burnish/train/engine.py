@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from burnish.config import Recipe
+from burnish.train.layout import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 # Chosen before DeepSpeed is imported: it settles on an accelerator at import.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +37,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> En
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=recipe.optim.learning_rate,
         weight_decay=recipe.optim.weight_decay,
+        fused=True,  # one pass over the state, and no copies of it
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(recipe, num_workers))
     return engine
@@ -64,13 +66,21 @@ def share_out(weights: Iterator[torch.nn.Parameter], recipe: Recipe, num_workers
 def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe. One pack is one micro-batch."""
     accumulation = recipe.train.global_batch_size // num_workers
+    offloads = recipe.engine.offload == "optimizer"
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed 0.19 clips to 1.0 where the key is absent.
         "gradient_clipping": recipe.optim.max_grad_norm,
-        "zero_optimization": {"stage": recipe.engine.zero_stage},
+        "zero_optimization": {
+            "stage": recipe.engine.stage(),
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offloads else {}),
+        },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "fp16": {"enabled": recipe.model.dtype == "float16"},
         "steps_per_print": 1 << 60,

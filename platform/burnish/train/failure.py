@@ -60,7 +60,7 @@ def memory_advice(recipe: Recipe, step: int, tokens: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        tried = f"step {step}, {tokens:,} tokens in a pack, {recipe.model.dtype}, ZeRO-{recipe.engine.zero_stage}"
+        tried = f"step {step}, {tokens:,} tokens in a pack, {recipe.model.dtype}, ZeRO-{recipe.engine.stage()}"
         raise TrainingError(f"out of memory in {tried}: {last_line(error)}. {memory_options(recipe)}") from error
 
 
@@ -69,7 +69,7 @@ def memory_options(recipe: Recipe) -> str:
     options = []
     if recipe.model.activation_checkpointing is not True:
         options.append("model.activation_checkpointing: true")
-    if recipe.engine.zero_stage < 3:
+    if recipe.engine.zero_stage != 3:
         options.append("engine.zero_stage: 3")
     if recipe.model.dtype == "float32":
         options.append("model.dtype: bfloat16")

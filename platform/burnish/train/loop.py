@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from burnish.config import Recipe
 from burnish.data.stages import Teller
 from burnish.errors import DataError, TrainingError
 from burnish.train import checkpoint, self_test
@@ -21,7 +23,9 @@ from burnish.train.batches import Batch, batches
 from burnish.train.build import build_model
 from burnish.train.evaluation import evaluate, generate, has_learned
 from burnish.train.failure import check_loss, check_tokens, memory_advice
+from burnish.train.footprint import device_memory, lay_out
 from burnish.train.home import Home
+from burnish.train.layout import Footprint
 from burnish.train.model import pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
@@ -44,8 +48,9 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def _train(attempt: Attempt, home: Home) -> None:
-    recipe = attempt.recipe
     num_workers = dist.get_world_size()
+    recipe, needed = lay_out(attempt.recipe, least_memory(attempt.cuda), num_workers)
+    attempt = replace(attempt, recipe=recipe)
     share = recipe.train.global_batch_size // num_workers
     # The data tasks start while the model loads.
     with ThreadPoolExecutor(1) as pool:
@@ -59,6 +64,8 @@ def _train(attempt: Attempt, home: Home) -> None:
     meter = Meter(pack_cost(recipe), peak_flops(device, recipe.model.dtype))
     worker = Worker(attempt, home, engine, objective, watchdog, meter)
     records = Records(attempt, home.folder) if dist.get_rank() == 0 else None
+    if records and needed:
+        records.measure(progress.step, told(recipe, needed))
     saver = Saver(worker)
     measured: dict[str, float] = {}
     losses, wish, untested = list(attempt.losses), Wish.NOTHING, recipe.train.self_test
@@ -96,6 +103,23 @@ def _train(attempt: Attempt, home: Home) -> None:
     saver.finish(progress, measured)
     if records:
         records.close()
+
+
+def least_memory(cuda: bool) -> int:
+    """Bytes that every worker has; the same on all of them. A collective call."""
+    own = device_memory(cuda, ray.train.get_context().get_local_world_size())
+    shared = torch.tensor(own, device="cuda" if cuda else "cpu")
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return int(shared)
+
+
+def told(recipe: Recipe, needed: Footprint) -> dict[str, float]:
+    """What was decided of the layout, as metrics."""
+    return {
+        "engine/zero_stage": float(recipe.engine.stage()),
+        "engine/activation_checkpointing": float(recipe.model.recomputes()),
+        "engine/estimated_memory_gib": needed.total / 2**30,
+    }
 
 
 def build(attempt: Attempt, home: Home, num_workers: int) -> ds.Engine:

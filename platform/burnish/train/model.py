@@ -246,6 +246,12 @@ def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
         raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
 
 
+def recompute(model: Any) -> None:
+    """Has a model recompute the activations of each layer in the backward pass, even if its embeddings are not trained."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def check_class(recipe: Recipe, config: Any) -> None:
     """Raises RecipeError where the model's class keeps a state, or computes attention past the registered kernel."""
     from transformers import AutoModelForCausalLM

@@ -183,7 +183,7 @@ def _begin_moments(engine: Engine, steps: float) -> None:
     """Gives AdamW the state that it has after its first step, all zeros, so that it can be filled or read."""
     for part in _stepped_tensors(engine):
         moments = {key: torch.zeros_like(part) for key in _MOMENTS}
-        _stepped(engine).state[part] = {"step": torch.tensor(steps), **moments}
+        _stepped(engine).state[part] = {"step": torch.tensor(steps, device=part.device), **moments}
     if _stage(engine) in (1, 2):  # else DeepSpeed does it in its first step
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -1,0 +1,184 @@
+"""What a model needs in memory, measured without a weight of it: one step in which tensors have shapes and no values."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from burnish.config import Recipe
+from burnish.errors import RecipeError, one_line
+from burnish.train.adapters import with_adapters
+from burnish.train.layout import Footprint, Layout, Sizes, choose
+from burnish.train.model import configuration, recompute
+from burnish.train.objective import Objective
+
+_KERNEL = "burnish_packed_shapes"
+"""Name of the attention that gives out shapes alone."""
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container's limit stands (Linux control groups, version 2 and 1)."""
+
+logger = logging.getLogger(__name__)
+
+
+def lay_out(recipe: Recipe, capacity: int, num_workers: int) -> tuple[Recipe, Footprint | None]:
+    """The recipe with its layout decided for workers with so many bytes each, and what it will need at most.
+
+    A model that cannot be measured is recomputed on a GPU and shared out, which is slow and fits most often; then nothing is
+    said of what it needs. Raises RecipeError where it does not fit.
+    """
+    try:
+        sizes = measure(recipe)
+    except RecipeError:
+        raise
+    except Exception as error:  # any code of any model runs here
+        logger.warning("what %s needs in memory cannot be told: %s", recipe.model.path, one_line(error))
+        recomputes, stage = recipe.model.activation_checkpointing, recipe.engine.zero_stage
+        cautious = Layout(
+            (3 if num_workers > 1 else 2) if stage == "auto" else stage,
+            torch.cuda.is_available() if recomputes == "auto" else recomputes,
+        )
+        return cautious.of(recipe), None
+    layout, needed = choose(recipe, sizes, capacity, num_workers)
+    return layout.of(recipe), needed
+
+
+def device_memory(cuda: bool, local_workers: int) -> int:
+    """Bytes that a worker may fill: its GPU's, or its share of the host's."""
+    if cuda:
+        return int(torch.cuda.mem_get_info()[1])
+    limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([host, *limits]) // local_workers
+
+
+def measure(recipe: Recipe) -> Sizes:
+    """The sizes of a recipe's model at its longest pack, every token trained. Takes seconds, whatever the model's size.
+
+    Raises RecipeError where the configuration cannot be read, or for adapters that the model cannot have.
+    """
+    model = _skeleton(recipe)
+    weights = sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    size, tokens = getattr(torch, recipe.model.dtype).itemsize, recipe.data.max_length
+    return Sizes(weights, trained, size, tokens, _most(model, tokens, False), _most(_skeleton(recipe), tokens, True))
+
+
+def _skeleton(recipe: Recipe) -> Any:
+    """The model with its adapters, without any weight."""
+    AttentionInterface.register(_KERNEL, _attention)
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(
+            configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=_KERNEL
+        )
+        model.config.use_cache = False
+        if recipe.lora is not None:
+            model = with_adapters(model, recipe.lora)
+            for weight in model.parameters():  # PEFT leaves adapters without values in float32
+                weight.data = weight.data.to(getattr(torch, recipe.model.dtype))
+        return model
+
+
+def _most(model: Any, tokens: int, checkpointing: bool) -> int:
+    """The most bytes that the forward and backward pass of a pack take beside weights and their gradients."""
+    # Arrays of the pack are values, which become shapes where they meet the model.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fill(model)
+        if checkpointing:
+            recompute(model)
+        for weight in model.train().parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(_forget)
+        objective = _OfShapes(model, torch.device("cpu"))
+        row = np.zeros(tokens, np.int32)
+        with _Live({*model.parameters(), *model.buffers()}) as live:
+            loss = objective.loss_sum(row, row, np.array([tokens], np.int32))
+            torch.autograd.backward(loss)
+    most: int = live.most
+    return most
+
+
+def _fill(model: nn.Module) -> None:
+    """Gives every weight and buffer of an empty model a device, as far as a tensor without values is on one."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:  # tied weights stay one
+                shape = torch.empty(weight.shape, dtype=weight.dtype)
+                made.setdefault(weight, nn.Parameter(shape, requires_grad=weight.requires_grad))
+                module._parameters[name] = made[weight]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _forget(weight: torch.Tensor) -> None:
+    """Lets go of a gradient that is made; what is kept of gradients depends on the layout."""
+    weight.grad = None
+
+
+class _OfShapes(Objective):
+    """The objective of a model whose tensors have no values."""
+
+    def _same(self, found: torch.Tensor, known: torch.Tensor) -> bool:
+        # Logits that a model changes are another tensor.
+        return bool(found.untyped_storage()._cdata == known.untyped_storage()._cdata)
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made while it is entered, and live; `most` is the most at once."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        """`known` tensors do not count, nor do their views."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._now = 0
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+            weakref.finalize(storage, self._free, storage._cdata)
+        return tensor
+
+    def _free(self, address: int) -> None:
+        self._now -= self._sizes.pop(address)
+
+
+class _Attention(torch.autograd.Function):
+    """What flash attention keeps for its backward pass (arXiv 2307.08691): its inputs, its output, a number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        _, heads, tokens, _ = query.shape
+        output = query.new_empty(1, tokens, heads, value.shape[3])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(heads, tokens, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    output: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output, None

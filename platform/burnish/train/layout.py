@@ -1,0 +1,158 @@
+"""How a run lies in the memory of its workers: what it needs there, counted, and what is chosen so that it fits.
+
+Counting needs no device and loads no weight; `footprint` measures the sizes of a model that it starts from.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from burnish.config import Recipe
+from burnish.errors import RecipeError
+
+BUCKET_ELEMENTS = 100_000_000
+"""Gradients that DeepSpeed sends between workers at once. Its default is five times that, a gigabyte of every GPU."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Weights that a worker may hold whole at once under ZeRO-3; DeepSpeed keeps those that it needs again soon."""
+USABLE = 0.9
+"""Share of a device's memory that a layout may plan with; the rest is the libraries' own and what lies between tensors."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of training is shared out over workers, and whether activations are recomputed. Any gives the same losses."""
+
+    zero_stage: int
+    activation_checkpointing: bool
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with nothing of its layout left open."""
+        engine = recipe.engine.model_copy(update={"zero_stage": self.zero_stage})
+        model = recipe.model.model_copy(update={"activation_checkpointing": self.activation_checkpointing})
+        return recipe.model_copy(update={"engine": engine, "model": model})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model needs whatever its layout.
+
+    `weights` bytes of all weights, adapters among them; `trained` of these, as numbers of `itemsize` bytes; the most bytes
+    that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`.
+    """
+
+    weights: int
+    trained: int
+    itemsize: int
+    tokens: int
+    kept: int
+    recomputed: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one worker's device at its fullest moment, by what they are."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        """In gigabytes, for people."""
+        parts = (("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer))
+        named = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in (*parts, ("activations", self.activations)))
+        return f"{self.total / 1e9:.2f} GB ({named})"
+
+
+def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) -> Footprint:
+    """What a worker's device holds at most under a layout; `offloads` says that the optimizer lives on the host.
+
+    AdamW keeps two float32 moments, and DeepSpeed float32 masters, except where nothing is sharded in float32 (ZeRO, arXiv
+    1910.02054, section 3). The step comes when the activations are gone, and works on float32 gradients; the larger of
+    the two counts as activations.
+    """
+    stage, trained, size = layout.zero_stage, sizes.trained, sizes.itemsize
+    bucket = min(BUCKET_ELEMENTS, trained) * size
+    weights = sizes.weights
+    if stage == 3 and num_workers > 1:
+        weights = weights // num_workers + min(weights, LIVE_ELEMENTS * size)
+    optimizer = trained * (8 if stage == 0 and size == 4 else 12) // (num_workers if stage else 1)
+    gradients = trained * size // (num_workers if stage >= 2 else 1) + (bucket if stage >= 2 else 0)
+    stepping = (0 if size == 4 else trained * 4 // (num_workers if stage else 1)) + (
+        bucket if stage < 2 < num_workers else 0
+    )
+    if offloads:
+        optimizer = stepping = 0
+    kept = sizes.recomputed if layout.activation_checkpointing else sizes.kept
+    return Footprint(weights, gradients, optimizer, max(kept, stepping))
+
+
+def choose(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> tuple[Layout, Footprint]:
+    """The fastest layout that a recipe leaves open and that fits into `capacity` bytes on each worker; what it needs there.
+
+    To recompute activations costs a third to half of the arithmetic, more than to gather shared weights; so what is sharded
+    gives way first. Raises RecipeError where none fits, with what was found and what would fit.
+    """
+    found = [(each, footprint(sizes, each, num_workers, _offloads(recipe))) for each in _open(recipe, num_workers)]
+    for layout, needed in found:
+        if needed.total <= USABLE * capacity:
+            return layout, needed
+    layout, needed = min(found, key=lambda pair: pair[1].total)
+    if needed.total <= capacity:
+        return layout, needed
+    fitting = list(_fitting(recipe, sizes, capacity, num_workers))
+    advice = f"Write {', or '.join(fitting)}" if fitting else "Take a smaller model, or devices with more memory"
+    raise RecipeError(
+        f"model.path: {recipe.model.path} does not fit: each of {num_workers} workers has {capacity / 1e9:.2f} GB and needs "
+        f"at least {needed}, with packs of {sizes.tokens:,} tokens. {advice}"
+    )
+
+
+def _offloads(recipe: Recipe) -> bool:
+    return recipe.engine.offload == "optimizer"
+
+
+def _open(recipe: Recipe, num_workers: int) -> list[Layout]:
+    """The layouts that a recipe leaves open, the fastest first."""
+    recomputes, stage = recipe.model.activation_checkpointing, recipe.engine.zero_stage
+    stages = ((2, 3) if num_workers > 1 else (2,)) if stage == "auto" else (stage,)
+    return [Layout(each, kept) for kept in ((False, True) if recomputes == "auto" else (recomputes,)) for each in stages]
+
+
+def _fitting(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> Iterator[str]:
+    """Single changes of a recipe with which it would fit, those that cost least first."""
+
+    def fits(
+        layouts: list[Layout], sizes: Sizes = sizes, workers: int = num_workers, offloads: bool = _offloads(recipe)
+    ) -> bool:
+        return any(footprint(sizes, layout, workers, offloads).total <= USABLE * capacity for layout in layouts)
+
+    every = [Layout(stage, recomputed) for recomputed in (False, True) for stage in (2, 3)]
+    own = _open(recipe, num_workers)
+    if fits(every) and own != every:
+        yield "engine.zero_stage: auto and model.activation_checkpointing: auto"
+    shardable = [layout for layout in own if layout.zero_stage >= 2]
+    if not _offloads(recipe) and fits(shardable, offloads=True):
+        yield "engine.offload: optimizer"
+    more = (num_workers * 2**power for power in range(1, 10))
+    wide = [Layout(3, layout.activation_checkpointing) for layout in own]
+    if workers := next((number for number in more if fits(wide, workers=number)), None):
+        beside = "" if recipe.engine.zero_stage in ("auto", 3) else " with engine.zero_stage: 3"
+        if recipe.train.global_batch_size % workers:
+            beside += f" with train.global_batch_size: {workers}"
+        yield f"scale.num_workers: {workers}{beside}"
+    for tokens in (recipe.data.max_length // 2**power for power in range(1, 6)):
+        share = tokens / sizes.tokens
+        if fits(own, sizes=replace(sizes, kept=int(sizes.kept * share), recomputed=int(sizes.recomputed * share))):
+            yield f"data.max_length: {tokens}"
+            break
+    if recipe.lora is None and fits(own, sizes=replace(sizes, trained=sizes.trained // 100)):
+        yield "lora: {rank: 16}"
+    if sizes.itemsize == 4:
+        half = Sizes(sizes.weights // 2, sizes.trained, 2, sizes.tokens, sizes.kept // 2, sizes.recomputed // 2)
+        if fits(own, sizes=half):
+            yield "model.dtype: bfloat16"
