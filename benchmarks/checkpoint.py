@@ -60,7 +60,7 @@ def recipe_of(folder: Path, lora: dict[str, Any] | None, workers: int, stage: in
     return parse(
         {
             "name": "bench",
-            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "model": {"path": str(folder / "model"), "dtype": "float32", "activation_checkpointing": False},
             "lora": lora,
             "data": {"train": [{"path": str(folder / "unused.jsonl")}], "max_length": TOKENS},
             "train": {"global_batch_size": workers},

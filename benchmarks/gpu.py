@@ -65,7 +65,7 @@ def recipe_of(folder: Path, lora: dict[str, Any] | None, attention: str, zero_st
     return parse(
         {
             "name": "bench",
-            "model": {"path": str(folder / model), "dtype": "bfloat16", "attention": attention},
+            "model": {"path": str(folder / model), "dtype": "bfloat16", "attention": attention, "activation_checkpointing": False},
             "lora": lora,
             "data": {"train": [{"path": str(folder / "unused.jsonl")}], "max_length": TOKENS},
             "train": {"global_batch_size": 1},

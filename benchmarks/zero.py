@@ -40,7 +40,7 @@ def recipe_of(folder: Path, stage: int, tokens: int) -> Recipe:
     return parse(
         {
             "name": "bench",
-            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "model": {"path": str(folder / "model"), "dtype": "float32", "activation_checkpointing": False},
             "lora": {"rank": 16},
             "data": {"train": [{"path": str(folder / "unused.jsonl")}], "max_length": tokens},
             "optim": {"learning_rate": 1e-3},

@@ -156,7 +156,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
             write_rows(train, [conversation(i, 1 + i % 3) for i in range(40)])
         tree: dict[str, Any] = {
             "name": "small",
-            "model": {"path": str(model_folder), "dtype": "float32"},
+            "model": {"path": str(model_folder), "dtype": "float32", "activation_checkpointing": False},
             "lora": None,
             "data": {"train": [{"path": str(train)}], "max_length": 256, "window_rows": 16},
             "optim": {"learning_rate": 1e-3, "warmup_steps": 1},

@@ -302,7 +302,7 @@ class Worker:
                 ds.backward(engine, loss, count, self.world)
                 if number == len(packs) // self.world - 1:
                     found.gradients.append(torch.cat([safe_get_full_grad(p).float().flatten().clone() for p in trained]))
-                norm = ds.step(engine)
+                norm = float(ds.step(engine))
                 total += loss.detach()
             torch.distributed.all_reduce(total)
             found.losses.append(total.item() / count)
@@ -346,9 +346,10 @@ def gang(cluster):
 def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
     lora, dora = {"rank": 4}, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     kinds = [
-        *product((None,), (0, 1, 2, 3), (True, False), (False, True)),
-        *product((lora,), (0, 3), (True,), (False, True)),
-        *product((dora,), (0, 3), (True,), (False,)),
+        *product((None,), (0, 1, 2, 3), (True, False), (False, True), ("none",)),
+        *product((lora,), (0, 3), (True,), (False, True), ("none",)),
+        *product((dora,), (0, 3), (True,), (False,), ("none",)),
+        *product((None, lora), (2, 3), (True,), (False,), ("optimizer",)),
     ]
     expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora)}
     for world in (1, 2, 4):
@@ -358,14 +359,14 @@ def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
                 lora=adapters,
                 train={"global_batch_size": len(make_packs(packed)[0])},
                 scale={"num_workers": world},
-                engine={"zero_stage": stage},
+                engine={"zero_stage": stage, "offload": offload},
             )
-            for adapters, stage, packed, recomputed in kinds
+            for adapters, stage, packed, recomputed, offload in kinds
         ]
         results = gang(world, "run", [(recipe, kind[2]) for recipe, kind in zip(runs, kinds, strict=True)])
-        for (adapters, stage, packed, recomputed), workers in zip(kinds, zip(*results, strict=True), strict=True):
+        for (adapters, stage, packed, recomputed, offload), workers in zip(kinds, zip(*results, strict=True), strict=True):
             right = expected[str(adapters)]
-            where = f"{world} workers, ZeRO-{stage}, {packed=}, {recomputed=}, lora {adapters}"
+            where = f"{world} workers, ZeRO-{stage}, {packed=}, {recomputed=}, {offload=}, lora {adapters}"
             for found in workers:
                 assert np.allclose(found.losses, right.losses, rtol=1e-5, atol=0), (where, found.losses, right.losses)
                 assert np.allclose(found.norms, right.norms, rtol=1e-5, atol=0), (where, found.norms, right.norms)
@@ -380,15 +381,15 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_r
     # 50 dimensions at rank 1 do not divide over 4 workers, so that ZeRO-3 fills its last part up.
     model = write_model(tmp_path / "model", intermediate_size=50)
 
-    def ends(world: int, resumes: bool, kinds: list[tuple[int, str, Any]]) -> list[dict[str, torch.Tensor]]:
+    def ends(world: int, resumes: bool, kinds: list[tuple[int, str, Any, str]]) -> list[dict[str, torch.Tensor]]:
         recipes = [
             make_recipe(
                 model={"path": str(model), "dtype": dtype},
                 lora=adapters,
                 scale={"num_workers": world},
-                engine={"zero_stage": stage},
+                engine={"zero_stage": stage, "offload": offload},
             )
-            for stage, dtype, adapters in kinds
+            for stage, dtype, adapters, offload in kinds
         ]
         return gang(world, "go_on", recipes, str(tmp_path), resumes)[0]
 
@@ -398,8 +399,9 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_r
         (0, "float32", None), (0, "bfloat16", lora), (1, "float32", lora), (2, "bfloat16", None), (3, "float32", lora),
         (3, "float32", None), (3, "bfloat16", None), (3, "float32", dora),
     ]  # fmt: skip
+    kinds = [(*kind, "none") for kind in kinds] + [(2, "bfloat16", lora, "optimizer"), (3, "bfloat16", None, "optimizer")]
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():  # as DeepSpeed asks; its loss scale must go on too
-        kinds += [(0, "float16", None), (1, "float16", lora), (3, "float16", None)]
+        kinds += [(0, "float16", None, "none"), (1, "float16", lora, "none"), (3, "float16", None, "none")]
     expected = ends(2, False, kinds)
     for world in (1, 2, 4):
         for kind, found, wanted in zip(kinds, ends(world, True, kinds), expected, strict=True):

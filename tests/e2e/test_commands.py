@@ -182,7 +182,9 @@ def test_plan_and_preview_have_the_form_of_the_contract_and_agree(cluster, capsy
     assert plan["steps_per_epoch"] == plan["steps"] == -(-plan["packs"] // 4)
     assert plan["packing_efficiency"] == plan["total_tokens"] / (plan["packs"] * 256)
     assert 0.5 < plan["balance"] <= 1.0
-    assert plan["memory"]["total"] == sum(plan["memory"][part] for part in ("weights", "gradients", "optimizer", "activations"))
+    assert plan["memory"]["total"] == sum(
+        plan["memory"][part] for part in ("weights", "gradients", "optimizer", "activations")
+    )
     assert plan["memory"]["total"] < plan["memory"]["capacity"] and plan["seconds"] > 0
 
     code, out, _ = run(capsys, "preview", path, "--limit", 1)

@@ -31,7 +31,17 @@ DOORS = {
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.evaluation", "train.checkpoint", "train.attempts", "train.split", "train.failure"},
     "ray.tune": {"sweep.launch"},
-    "transformers": {"data.tokenizer", "train.build", "train.footprint", "train.model", "train.attention", "train.rehearsal", "export", "chat", "verify"},
+    "transformers": {
+        "data.tokenizer",
+        "train.build",
+        "train.footprint",
+        "train.model",
+        "train.attention",
+        "train.rehearsal",
+        "export",
+        "chat",
+        "verify",
+    },
 }
 """Modules that may import a heavy library. ray.data: `split` hands a stream to workers, `cluster` turns its bars off.
 ray.train: `split` and `failure` know its types."""

@@ -147,15 +147,19 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     rate = learning_rate(recipe.optim, step, max(meta.progress, done))
     for input_ids, _, _ in batch.packs:
         check_tokens(input_ids, meta, ds.vocabulary(engine))
-    # The sum of losses, what the run is asked to do and what was computed travel in the one collective that a step adds.
-    shared = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    # The sum of losses, what the run is asked to do, what was computed and world rank 0's norm of the gradient travel in the
+    # one collective that a step adds, and reach the host in one copy.
+    shared = torch.zeros(4, dtype=torch.float64, device=engine.device)
     with memory_advice(recipe, step, max(len(input_ids) for input_ids, _, _ in batch.packs)):
         told = Step(step, rate, meta.trained_tokens, recipe.train.seed)
-        shared[0], grad_norm = take(engine, worker.objective, batch.packs, told, worker.watchdog.beat)
-    shared[1] = float(Wish.of(worker.home.folder)) if dist.get_rank() == 0 else 0.0
+        shared[0], shared[3] = take(engine, worker.objective, batch.packs, told, worker.watchdog.beat)
+    if dist.get_rank() == 0:
+        shared[1] = float(Wish.of(worker.home.folder))
+    else:
+        shared[3] = 0.0
     shared[2] = worker.meter.flops([seq_lens for _, _, seq_lens in batch.packs])
     dist.all_reduce(shared)
-    total, wish, flops = shared.tolist()
+    total, wish, flops, grad_norm = shared.tolist()
     loss_value = total / max(1, meta.trained_tokens)
     check_loss(recipe, step, meta, loss_value, grad_norm, ds.vocabulary(engine))
     seconds = time.monotonic() - started

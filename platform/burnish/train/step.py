@@ -29,22 +29,22 @@ class Step:
 
 def take(
     engine: ds.Engine, objective: Objective, packs: Sequence[Row], step: Step, beat: Callable[[], None] = lambda: None
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward of this worker's packs, then the update of the weights by the gradient of one big batch.
 
-    Gives the sum of this worker's losses, a float64 scalar on its device, and the 2-norm of the whole gradient before
-    clipping. `beat` is called after each pack. A collective call: every worker has as many packs, empty ones among them.
+    Gives the sum of this worker's losses and the 2-norm of the whole gradient before clipping, float64 scalars on its
+    device that may not be computed yet. `beat` is called after each pack. A collective call: every worker has as many packs, empty ones among them.
     """
     ds.set_learning_rate(engine, step.learning_rate)
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    rank, workers, norm = dist.get_rank(), dist.get_world_size(), 0.0
+    total = norm = torch.zeros((), dtype=torch.float64, device=engine.device)
+    rank, workers = dist.get_rank(), dist.get_world_size()
     for number, (input_ids, labels, seq_lens) in enumerate(packs):
         # Dropout is a function of the pack's place in the run, whatever worker trains it and however often.
         torch.manual_seed(seed_of(step.seed, step.number, rank + number * workers))
         loss = objective.loss_sum(input_ids, labels, seq_lens)
         ds.backward(engine, loss, step.trained_tokens, workers)
         norm = ds.step(engine)
-        total += loss.detach()
+        total = total + loss.detach()
         beat()
     return total, norm
 

@@ -1,0 +1,144 @@
+"""Which layout is chosen, and what is said where none fits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GemmaConfig, LlamaConfig, Qwen3MoeConfig
+
+from burnish.errors import RecipeError
+from burnish.train import footprint as measured
+from burnish.train.layout import LIVE_ELEMENTS, USABLE, Footprint, Layout, Sizes, choose, footprint
+
+GB = 10**9
+LLAMA_8B = Sizes(weights=16 * GB, trained=42_000_000, itemsize=2, tokens=8192, kept=49 * GB, recomputed=4 * GB)
+"""Llama 3 8B with adapters of rank 16, about."""
+WHOLE_8B = replace(LLAMA_8B, trained=8 * GB)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capacity", "workers", "chosen"),
+    [
+        (LLAMA_8B, 141 * GB, 8, Layout(2, False)),
+        (LLAMA_8B, 66 * GB, 8, Layout(3, False)),
+        (LLAMA_8B, 66 * GB, 1, Layout(2, True)),
+        (LLAMA_8B, 40 * GB, 8, Layout(2, True)),
+        (LLAMA_8B, 12 * GB, 8, Layout(3, True)),
+        (WHOLE_8B, 141 * GB, 8, Layout(2, False)),
+        (WHOLE_8B, 80 * GB, 16, Layout(3, False)),
+        (WHOLE_8B, 80 * GB, 4, Layout(2, True)),
+        (WHOLE_8B, 95 * GB, 2, Layout(3, True)),
+    ],
+)
+def test_the_fastest_layout_that_fits_is_chosen(make_recipe, sizes, capacity, workers, chosen):
+    recipe = make_recipe(
+        lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 16}, scale={"num_workers": workers}
+    )
+    layout, needed = choose(recipe, sizes, capacity, workers)
+    assert layout == chosen
+    assert needed == footprint(sizes, chosen, workers, False) and needed.total <= USABLE * capacity
+    decided = layout.of(recipe)
+    assert (decided.engine.stage(), decided.model.recomputes()) == (chosen.zero_stage, chosen.activation_checkpointing)
+    assert recipe == make_recipe(
+        lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 16}, scale={"num_workers": workers}
+    )
+
+
+def test_what_a_recipe_says_is_kept(make_recipe):
+    recipe = make_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": True})
+    assert choose(recipe, LLAMA_8B, 141 * GB, 2)[0] == Layout(0, True)
+    with pytest.raises(RecipeError, match=r"Write engine.zero_stage: auto and model.activation_checkpointing: auto"):
+        choose(make_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": False}), LLAMA_8B, 60 * GB, 2)
+
+
+def test_a_layout_that_just_fits_is_tried(make_recipe):
+    needed = footprint(LLAMA_8B, Layout(2, True), 1, False).total
+    assert choose(make_recipe(engine={"zero_stage": "auto"}), LLAMA_8B, needed, 1)[0] == Layout(2, True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "sizes", "capacity", "advice"),
+    [
+        ({}, WHOLE_8B, 80 * GB, r"Write engine\.offload: optimizer, or scale\.num_workers: 4, or lora: \{rank: 16\}$"),
+        ({"train": {"global_batch_size": 1}}, WHOLE_8B, 80 * GB, r"scale\.num_workers: 4 with train\.global_batch_size: 4"),
+        ({"lora": {"rank": 16}}, LLAMA_8B, 20 * GB, r"scale\.num_workers: 2, or data\.max_length: 2048$"),
+        ({"lora": {"rank": 16}}, replace(LLAMA_8B, kept=9**15, recomputed=9**14), GB, "Take a smaller model"),
+        (
+            {"model": {"dtype": "float32"}},
+            Sizes(32 * GB, 10**6, 4, 8192, 9 * GB, 9 * GB),
+            40 * GB,
+            r"model\.dtype: bfloat16$",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_with_what_would(make_recipe, sections, sizes, capacity, advice):
+    recipe = make_recipe(**{"engine": {"zero_stage": "auto"}, "data": {"max_length": 8192}, **sections})
+    with pytest.raises(RecipeError, match=rf"does not fit: each of 1 workers has .* GB and needs at least .*{advice}"):
+        choose(recipe, sizes, capacity, 1)
+
+
+def test_bytes_are_those_of_the_paper():
+    """ZeRO, arXiv 1910.02054, figure 1: 16 bytes a weight in 16 bits on one device, and what of it 64 devices share."""
+    sizes = Sizes(weights=2 * 75 * GB // 10, trained=75 * GB // 10, itemsize=2, tokens=1, kept=0, recomputed=0)
+
+    def states(stage: int) -> float:
+        needed = footprint(sizes, Layout(stage, False), 64, False)
+        bucket = 2 * 10**8 if stage >= 2 else 0
+        whole = LIVE_ELEMENTS * 2 if stage == 3 else 0
+        return (needed.weights - whole + needed.gradients - bucket + needed.optimizer) / GB
+
+    assert [round(states(stage), 1) for stage in (0, 1, 2, 3)] == [120.0, 31.4, 16.6, 1.9]
+    assert footprint(sizes, Layout(2, False), 64, True).optimizer == 0
+
+
+def test_a_footprint_says_what_it_is_made_of():
+    assert str(Footprint(2 * GB, GB, 3 * GB, GB // 2)) == (
+        "6.50 GB (weights 2.00, gradients 1.00, optimizer 3.00, activations 0.50)"
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4),
+        GemmaConfig(
+            vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=16
+        ),
+        Qwen3MoeConfig(
+            vocab_size=1000, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=4, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_sizes_are_those_of_the_model_itself(make_recipe, tmp_path, config, lora):
+    from burnish.train.adapters import with_adapters
+    from burnish.train.model import load_weights
+
+    config.architectures = [{"llama": "LlamaForCausalLM"}.get(config.model_type, "")]
+    config.save_pretrained(tmp_path)
+    recipe = make_recipe(model={"path": str(tmp_path), "dtype": "bfloat16"}, lora=lora, data={"max_length": 512})
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_weights(recipe)
+    model = with_adapters(model, recipe.lora) if recipe.lora else model
+    sizes = measured.measure(recipe)
+    assert sizes.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert sizes.weights == sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
+    assert sizes.kept > sizes.recomputed > 512 * 64 * 2 * 4, "at least what goes into each layer is kept"
+    longer = measured.measure(
+        make_recipe(model={"path": str(tmp_path), "dtype": "bfloat16"}, lora=lora, data={"max_length": 1024})
+    )
+    assert longer.kept == pytest.approx(2 * sizes.kept, rel=0.1)
+
+
+def test_a_model_that_cannot_be_measured_is_laid_out_cautiously(make_recipe, monkeypatch, caplog):
+    def broken(recipe):
+        raise NotImplementedError("an operation without shapes")
+
+    monkeypatch.setattr(measured, "measure", broken)
+    recipe, needed = measured.lay_out(make_recipe(engine={"zero_stage": "auto"}), 10 * GB, 2)
+    assert needed is None and recipe.engine.stage() == 3 and recipe.model.recomputes() is torch.cuda.is_available()
+    assert "an operation without shapes" in caplog.text
