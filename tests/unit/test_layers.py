@@ -18,7 +18,7 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.engine", "train.evaluation", "train.failure", "train.generation",
-        "train.batches", "train.build", "train.claim", "train.footprint", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.objective", "train.rehearsal", "train.self_test", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
+        "train.batches", "train.build", "train.claim", "train.footprint", "train.goodput", "train.home", "train.ledger", "train.loop", "train.memory", "train.model", "train.lora_linear", "train.objective", "train.rehearsal", "train.self_test", "train.shards", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
     },
     3: {"train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},
@@ -26,7 +26,7 @@ LAYERS = {
 DOORS = {
     "accelerate": {"train.build", "train.footprint"},
     "deepspeed": {"train.engine"},
-    "peft": {"train.adapters"},
+    "peft": {"train.adapters", "train.lora_linear"},
     "mlflow": {"tracking"},
     "ray.data": {"data.pipeline", "data.stages", "data.survey", "train.split", "train.cluster"},
     "ray.train": {"train.loop", "train.evaluation", "train.checkpoint", "train.attempts", "train.split", "train.failure"},

@@ -1,6 +1,6 @@
 """The model as a worker trains it: packed attention, adapters, weights of the base or of a checkpoint.
 
-With ZeRO-3 on several workers each weight is read by world rank 0 alone and shared out before the next one is read, so that
+With ZeRO-3 on several workers each weight is read by world rank 0 alone and shared out before the next ones, so that
 no worker ever holds the model: weights larger than its memory can be trained.
 """
 
@@ -20,6 +20,7 @@ from burnish.config import Recipe
 from burnish.train import attention
 from burnish.train.adapters import with_adapters
 from burnish.train.engine import share_out
+from burnish.train.lora_linear import fuse
 from burnish.train.model import (
     attention_dropout,
     check_class,
@@ -31,6 +32,7 @@ from burnish.train.model import (
     shapes,
     text_configuration,
 )
+from burnish.train.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,9 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
         heads=head_widths(text),
         dropout=attention_dropout(text),
     )
-    model = _shared_out(recipe, kernel, num_workers, trained) if num_workers > 1 else None
+    shares = recipe.engine.stage() == 3 and num_workers > 1
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    model, shards = _shared_out(recipe, kernel, num_workers, trained, device) if shares else (None, None)
     whole = model is None
     if model is None:
         model = load_weights(recipe, attn_implementation=kernel)
@@ -59,10 +63,15 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora)
+        if whole and shares:
+            shards = Shards(model, device)
+        fuse(model)
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
     if recipe.model.recomputes():
         recompute(model)
+        if shards is not None:
+            shards.recompute()
     result: nn.Module = model.train()
     return result
 
@@ -76,16 +85,18 @@ def _put(model: nn.Module, file: Path) -> None:
             parameter.copy_(weights.get_tensor(name))
 
 
-def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | None) -> Any | None:
-    """The base model with its weights shared out over all workers, or None where it must be loaded whole.
+def _shared_out(
+    recipe: Recipe, kernel: str, num_workers: int, trained: Path | None, device: torch.device
+) -> tuple[Any, Shards | None]:
+    """The base model with its weights shared out over all workers, and what gathers them; None where it is loaded whole.
 
-    That is so without ZeRO-3, for a Hub model, where the files hold other tensors than the model has (transformers then
+    That is so for a Hub model, where the files hold other tensors than the model has (transformers then
     converts them, or scales what is quantised), and for adapters that look at the weights themselves.
     """
     folder = Path(recipe.located().model.path)
     looks = recipe.lora is not None and (recipe.lora.variant == "dora" or recipe.lora.modules_to_save)
-    if recipe.engine.stage() < 3 or not folder.is_dir() or looks:
-        return None
+    if not folder.is_dir() or looks:
+        return None, None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=kernel
@@ -99,21 +110,23 @@ def _shared_out(recipe: Recipe, kernel: str, num_workers: int, trained: Path | N
     if shapes(folder) != wanted or len(names) != len(wanted) or saved:
         if dist.get_rank() == 0:
             logger.warning("%s: its files hold other tensors than the model, so every worker loads all of it", folder)
-        return None
+        return None, None
     files = {name: file for each in folder.glob("*.safetensors") for name, file in _files_of(each).items()}
-    share_out(_weights(model, files, trained), recipe, num_workers)
+    shards = None
+    if recipe.lora is None:
+        share_out(_weights(model, files | (_files_of(trained) if trained else {})), recipe, num_workers)
+    else:
+        called = {weight: name for name, weight in model.requires_grad_(False).named_parameters()}
+        shards = Shards(model, device, lambda weight: _read(files[called[weight]], called[weight]))
     device = next(model.parameters()).device
     for module in model.modules():  # DeepSpeed leaves buffers where they are, since the weights are shared out already
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return model
+    return model, shards
 
 
-def _weights(model: nn.Module, files: dict[str, Path], trained: Path | None) -> Iterator[nn.Parameter]:
+def _weights(model: nn.Module, files: dict[str, Path]) -> Iterator[nn.Parameter]:
     """Each weight of a model without any, filled on world rank 0 when it is asked for; tied ones stay one."""
-    if trained is not None:
-        files = files | _files_of(trained)
-    first = dist.get_rank() == 0
     real: dict[nn.Parameter, nn.Parameter] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
     places = [
@@ -121,17 +134,21 @@ def _weights(model: nn.Module, files: dict[str, Path], trained: Path | None) -> 
     ]
     for module, key, empty in places:
         if empty not in real:
-            weight = torch.empty(empty.shape, dtype=empty.dtype)
-            if first:
-                name = names[empty]
-                with safe_open(files[name], "pt") as file:  # one at a time, so that what was read is no longer mapped
-                    weight.copy_(file.get_tensor(name))
-                check_finite(weight, name, f"model.path: {files[name].parent}")
+            first, name = dist.get_rank() == 0, names[empty]
+            weight = _read(files[name], name).to(empty.dtype) if first else torch.empty(empty.shape, dtype=empty.dtype)
             real[empty] = nn.Parameter(weight, requires_grad=empty.requires_grad)
             module._parameters[key] = real[empty]
             del weight
             yield real[empty]
         module._parameters[key] = real[empty]
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    """A weight, alone in memory; raises RecipeError where it is no number."""
+    with safe_open(file, "pt") as weights:
+        weight: torch.Tensor = weights.get_tensor(name)
+    check_finite(weight, name, f"model.path: {file.parent}")
+    return weight
 
 
 def _files_of(file: Path) -> dict[str, Path]:

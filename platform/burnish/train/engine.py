@@ -73,7 +73,8 @@ def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
         # DeepSpeed 0.19 clips to 1.0 where the key is absent.
         "gradient_clipping": recipe.optim.max_grad_norm,
         "zero_optimization": {
-            "stage": recipe.engine.stage(),
+            # Frozen weights are shared out by `shards`.
+            "stage": recipe.engine.stage() if recipe.lora is None else min(recipe.engine.stage(), 2),
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,

@@ -20,7 +20,7 @@ from burnish.config import Recipe
 from burnish.errors import RecipeError, one_line
 from burnish.train.adapters import with_adapters
 from burnish.train.layout import Footprint, Layout, Sizes, choose
-from burnish.train.model import configuration, recompute
+from burnish.train.model import configuration, decoder_layers, recompute
 from burnish.train.objective import Objective
 
 _KERNEL = "burnish_packed_shapes"
@@ -71,7 +71,10 @@ def measure(recipe: Recipe) -> Sizes:
     weights = sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     size, tokens = getattr(torch, recipe.model.dtype).itemsize, recipe.data.max_length
-    return Sizes(weights, trained, size, tokens, _most(model, tokens, False), _most(_skeleton(recipe), tokens, True))
+    blocks = (model.get_input_embeddings(), *decoder_layers(model), model.get_output_embeddings())
+    largest = max(sum(weight.nbytes for weight in block.parameters()) for block in blocks)
+    kept, recomputed = _most(model, tokens, False), _most(_skeleton(recipe), tokens, True)
+    return Sizes(weights, trained, size, tokens, kept, recomputed, largest)
 
 
 def _skeleton(recipe: Recipe) -> Any:

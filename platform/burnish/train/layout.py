@@ -36,7 +36,8 @@ class Sizes:
     """What a model needs whatever its layout.
 
     `weights` bytes of all weights, adapters among them; `trained` of these, as numbers of `itemsize` bytes; the most bytes
-    that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`.
+    that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`; `block` bytes
+    of the largest layer, embeddings or head.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class Sizes:
     tokens: int
     kept: int
     recomputed: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     bucket = min(BUCKET_ELEMENTS, trained) * size
     weights = sizes.weights
     if stage == 3 and num_workers > 1:
-        weights = weights // num_workers + min(weights, LIVE_ELEMENTS * size)
+        own = trained * size
+        if own < weights:  # adapters, which are whole on every worker; of the others a layer and the next one (`shards`)
+            weights = own + (weights - own) // num_workers + min(weights - own, 2 * sizes.block)
+        else:
+            weights = weights // num_workers + min(weights, LIVE_ELEMENTS * size)
     optimizer = trained * (8 if stage == 0 and size == 4 else 12) // (num_workers if stage else 1)
     gradients = trained * size // (num_workers if stage >= 2 else 1) + (bucket if stage >= 2 else 0)
     stepping = (0 if size == 4 else trained * 4 // (num_workers if stage else 1)) + (

@@ -246,6 +246,13 @@ def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
         raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
 
 
+def decoder_layers(model: Any) -> Any:
+    """The decoder's layers: the outermost list of modules, a `torch.nn.ModuleList`."""
+    import torch
+
+    return next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
+
+
 def recompute(model: Any) -> None:
     """Has a model recompute the activations of each layer in the backward pass, even if its embeddings are not trained."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

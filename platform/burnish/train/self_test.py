@@ -12,6 +12,7 @@ from torch import nn
 
 from burnish.errors import TrainingError
 from burnish.train import objective
+from burnish.train.model import decoder_layers
 
 Pack: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 """input_ids, labels and seq_lens."""
@@ -62,7 +63,7 @@ def check(model: nn.Module, packs: Sequence[Pack], device: torch.device) -> None
 
 def _complaint(model: nn.Module, crosses: bool, differs: int, count: int) -> str:
     config = _plain(model).config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in _layers(model)]
+    kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in decoder_layers(model)]
     found = ["the gradient of one sample reaches another"] if crosses else []
     if differs < count - 1:
         found.append(f"layer {differs} ({kinds[differs]}) is the first that gives a packed sample other values than alone")
@@ -134,7 +135,7 @@ def _logits(
 def _recorded(model: nn.Module, places: NDArray[np.int64], device: torch.device) -> Iterator[States]:
     """Fills a list with what each layer gives at these places, in the forward pass of the block."""
     states: States = []
-    layers, kept = _layers(model), torch.from_numpy(places).to(device)
+    layers, kept = decoder_layers(model), torch.from_numpy(places).to(device)
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         if len(states) < len(layers):  # activation checkpointing runs them again in the backward pass
@@ -178,11 +179,6 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 def _plain(model: Any) -> Any:
     """The model below its adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the outermost list of modules."""
-    return next(each for each in model.modules() if isinstance(each, nn.ModuleList))
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor, share: float) -> float:

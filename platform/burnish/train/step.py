@@ -33,7 +33,8 @@ def take(
     """Forward and backward of this worker's packs, then the update of the weights by the gradient of one big batch.
 
     Gives the sum of this worker's losses and the 2-norm of the whole gradient before clipping, float64 scalars on its
-    device that may not be computed yet. `beat` is called after each pack. A collective call: every worker has as many packs, empty ones among them.
+    device that may not be computed yet. `beat` is called after each pack. A collective call: every worker has as many packs,
+    empty ones among them.
     """
     ds.set_learning_rate(engine, step.learning_rate)
     total = norm = torch.zeros((), dtype=torch.float64, device=engine.device)
