@@ -66,9 +66,8 @@ def test_inputs_without_a_gradient_get_none():
     for model in (plain, fused):
         model(inputs).sum().backward()
     for (name, right), found in zip(plain.named_parameters(), fused.parameters(), strict=True):
-        assert (right.grad is None) == (found.grad is None) and (
-            right.grad is None or torch.allclose(right.grad, found.grad)
-        ), name
+        assert (right.grad is None) == (found.grad is None), name
+        assert right.grad is None or (right.grad - found.grad).norm() <= 1e-6 * right.grad.norm(), name
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
