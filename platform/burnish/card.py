@@ -51,7 +51,12 @@ def _trained(recipe: Recipe, merged: bool) -> str:
     spec = recipe.lora
     where = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
     whole = f"; whole: {', '.join(spec.modules_to_save)}" if spec.modules_to_save else ""
-    return f"{spec.variant} of rank {spec.rank}, alpha {spec.alpha:g}, on {where}{whole}{'; merged here' if merged else ''}"
+    words = [
+        f"{spec.variant} of rank {spec.rank}, alpha {spec.alpha:g}, on {where}{whole}",
+        *(["merged here"] if merged else []),
+    ]
+    words += [f"in training the base was kept in {recipe.model.quantize}"] if recipe.model.quantize else []
+    return "; ".join(words)
 
 
 def _loading(adapter: bool, contract: Contract) -> str:

@@ -68,6 +68,18 @@ class Recipe(Spec):
         return tuple(number for number in range(most, fewest - 1, -1) if self.train.global_batch_size % number == 0)
 
     @model_validator(mode="after")
+    def what_is_quantised_is_frozen_and_whole(self) -> "Recipe":
+        """Raises ValueError for quantised weights that would be trained, or shared out over workers."""
+        kind = self.model.quantize
+        if kind is not None and self.lora is None:
+            raise ValueError(f"model.quantize: {kind} keeps weights that are not trained; write lora: {{rank: 16}}")
+        if kind == "int8" and self.lora is not None and self.lora.variant == "dora":  # PEFT would lose the scales of rows
+            raise ValueError("model.quantize: int8 has no dora; write model.quantize: nf4, or lora.variant: rslora")
+        if kind is not None and self.engine.zero_stage == 3:
+            raise ValueError(f"model.quantize: {kind} keeps weights whole on each worker; write engine.zero_stage: auto")
+        return self
+
+    @model_validator(mode="after")
     def early_stopping_has_what_it_needs(self) -> "Recipe":
         """Raises ValueError where training may end early and no evaluation decides it, or better weights are not kept."""
         if self.train.early_stopping is None:

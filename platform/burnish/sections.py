@@ -32,6 +32,9 @@ class ModelSpec(Spec):
     """Run the code that a Hub model brings; needs `revision`, a whole commit of 40 hex digits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights in training."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Format in which the frozen linear layers are kept in training, the head apart; needs adapters and bitsandbytes. null
+    keeps them in dtype. What is exported stands on the base as its files have it."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else torch's own varlen kernel there,
     and sdpa by document elsewhere."""

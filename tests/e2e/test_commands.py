@@ -154,6 +154,27 @@ def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: flo
     assert run(capsys, "export", folder)[1].strip() == str(exported), "the same export again is left as it is"
 
 
+def test_a_run_on_a_base_in_four_bits_is_exported_on_the_base_as_it_is(cluster, capsys, recipe_file):
+    """With everything of its layout left to burnish."""
+    path = recipe_file(
+        model={"quantize": "nf4", "activation_checkpointing": "auto"}, engine={"zero_stage": "auto"}, lora={"rank": 4},
+        optim={"learning_rate": 1e-2}, scale={"num_workers": 2},
+    )  # fmt: skip
+    code, out, err = run(capsys, "train", path)
+    assert code == 0, err
+    result = json.loads(out)
+    metrics = result["metrics"]
+    assert (metrics["engine/zero_stage"], metrics["engine/activation_checkpointing"]) == (2.0, 0.0)
+    assert 0 < metrics["engine/estimated_memory_gib"] < metrics["train/peak_memory_gib"]
+    folder = Path(result["checkpoint"]).parents[1]
+    for merge in ([], ["--merge"]):
+        code, out, err = run(capsys, "export", folder, *([folder / "merged"] if merge else []), *merge)
+        assert code == 0, err
+        card = (Path(out.strip()) / "README.md").read_text()
+        assert "in training the base was kept in nf4" in card
+    assert run(capsys, "chat", folder, "--max-new-tokens", 4, "--message", "Hi")[0] == 0
+
+
 def test_plan_and_preview_have_the_form_of_the_contract_and_agree(cluster, capsys, tmp_path, recipe_file):
     bad = {"messages": [{"role": "user", "content": "x"}]}
     long = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "y"}]}

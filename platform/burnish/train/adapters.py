@@ -50,10 +50,15 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
         modules_to_save=saved or None,
         task_type="CAUSAL_LM",
     )
+    dtype = model.get_input_embeddings().weight.dtype
     try:
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
+    for weight in adapted.parameters():  # those beside quantised weights, or none, would be in float32
+        if weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+    return adapted
 
 
 def with_saved_adapters(model: Any, folder: Path) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
-from burnish.train import attention
+from burnish.train import attention, quantized
 from burnish.train.adapters import with_adapters
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
@@ -58,7 +58,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
     model, shards = _shared_out(recipe, kernel, num_workers, trained, device) if shares else (None, None)
     whole = model is None
     if model is None:
-        model = load_weights(recipe, attn_implementation=kernel)
+        model = load_weights(recipe, attn_implementation=kernel, **quantized.loading(recipe))
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:

@@ -22,6 +22,7 @@ from burnish.train.adapters import with_adapters
 from burnish.train.layout import Footprint, Layout, Sizes, choose
 from burnish.train.model import configuration, decoder_layers, recompute
 from burnish.train.objective import Objective
+from burnish.train.quantized import saved_bytes
 
 _KERNEL = "burnish_packed_shapes"
 """Name of the attention that gives out shapes alone."""
@@ -73,8 +74,9 @@ def measure(recipe: Recipe) -> Sizes:
     size, tokens = getattr(torch, recipe.model.dtype).itemsize, recipe.data.max_length
     blocks = (model.get_input_embeddings(), *decoder_layers(model), model.get_output_embeddings())
     largest = max(sum(weight.nbytes for weight in block.parameters()) for block in blocks)
+    saved, whole = saved_bytes(recipe, model)
     kept, recomputed = _most(model, tokens, False), _most(_skeleton(recipe), tokens, True)
-    return Sizes(weights, trained, size, tokens, kept, recomputed, largest)
+    return Sizes(weights - saved, trained, size, tokens, kept + whole, recomputed + whole, largest)
 
 
 def _skeleton(recipe: Recipe) -> Any:
@@ -87,8 +89,6 @@ def _skeleton(recipe: Recipe) -> Any:
         model.config.use_cache = False
         if recipe.lora is not None:
             model = with_adapters(model, recipe.lora)
-            for weight in model.parameters():  # PEFT leaves adapters without values in float32
-                weight.data = weight.data.to(getattr(torch, recipe.model.dtype))
         return model
 
 

@@ -125,7 +125,8 @@ def _offloads(recipe: Recipe) -> bool:
 def _open(recipe: Recipe, num_workers: int) -> list[Layout]:
     """The layouts that a recipe leaves open, the fastest first."""
     recomputes, stage = recipe.model.activation_checkpointing, recipe.engine.zero_stage
-    stages = ((2, 3) if num_workers > 1 else (2,)) if stage == "auto" else (stage,)
+    shardable = num_workers > 1 and recipe.model.quantize is None
+    stages = ((2, 3) if shardable else (2,)) if stage == "auto" else (stage,)
     return [Layout(each, kept) for kept in ((False, True) if recomputes == "auto" else (recomputes,)) for each in stages]
 
 
@@ -139,13 +140,13 @@ def _fitting(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> I
 
     every = [Layout(stage, recomputed) for recomputed in (False, True) for stage in (2, 3)]
     own = _open(recipe, num_workers)
-    if fits(every) and own != every:
+    if fits(every) and own != every and recipe.model.quantize is None:
         yield "engine.zero_stage: auto and model.activation_checkpointing: auto"
     shardable = [layout for layout in own if layout.zero_stage >= 2]
     if not _offloads(recipe) and fits(shardable, offloads=True):
         yield "engine.offload: optimizer"
     more = (num_workers * 2**power for power in range(1, 10))
-    wide = [Layout(3, layout.activation_checkpointing) for layout in own]
+    wide = [] if recipe.model.quantize else [Layout(3, layout.activation_checkpointing) for layout in own]
     if workers := next((number for number in more if fits(wide, workers=number)), None):
         beside = "" if recipe.engine.zero_stage in ("auto", 3) else " with engine.zero_stage: 3"
         if recipe.train.global_batch_size % workers:

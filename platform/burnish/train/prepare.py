@@ -28,6 +28,7 @@ from burnish.train.attempt import STOP_FILE
 from burnish.train.home import Home
 from burnish.train.ledger import check_refused, replace_text
 from burnish.train.model import check_model, embedded_tokens, model_digest, pack_cost, unembedded
+from burnish.train.quantized import check_quantized
 
 CONTRACT_ROWS = 64
 """Rows whose tokens and masks the contract remembers."""
@@ -69,6 +70,7 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
     `home` is where the run lives, with its records, if it was started before.
     """
     check_model(recipe)
+    check_quantized(recipe)
     template = load_template(recipe, _started_on(home or Home.of(recipe)))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
