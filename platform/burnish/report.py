@@ -91,10 +91,20 @@ def _summary(folder: Path, measured: list[dict[str, Any]], steps: list[dict[str,
         "tokens a second (median)": f"{statistics.median(speeds):,.0f}" if speeds else "",
         "model FLOPs utilisation (median)": f"{statistics.median(used):.1%}" if used else "",
         "peak memory of a worker": f"{newest['train/peak_memory_gib']:.2f} GiB" if "train/peak_memory_gib" in newest else "",
+        "layout": _layout(newest),
         "goodput": f"{newest['run/goodput']:.1%}" if "run/goodput" in newest else "",
         "waited for data (median)": f"{statistics.median(waits):.1%}" if waits else "",
     }
     return {name: value for name, value in named.items() if value}
+
+
+def _layout(newest: dict[str, float]) -> str:
+    """How the run lay in memory, where its workers said so."""
+    if "engine/zero_stage" not in newest:
+        return ""
+    kept = "recomputed" if newest["engine/activation_checkpointing"] else "kept"
+    expected = f"{newest['engine/estimated_memory_gib']:.2f} GiB expected"
+    return f"ZeRO-{newest['engine/zero_stage']:.0f}, activations {kept}, {expected}"
 
 
 def _funnel(folder: Path, recipe: Recipe, steps: list[dict[str, Any]]) -> str:
