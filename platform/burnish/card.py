@@ -51,6 +51,7 @@ def _trained(recipe: Recipe, merged: bool) -> str:
     spec = recipe.lora
     where = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
     whole = f"; whole: {', '.join(spec.modules_to_save)}" if spec.modules_to_save else ""
+    whole += f"; tokens: {', '.join(spec.train_tokens)}" if spec.train_tokens else ""
     words = [
         f"{spec.variant} of rank {spec.rank}, alpha {spec.alpha:g}, on {where}{whole}",
         *(["merged here"] if merged else []),

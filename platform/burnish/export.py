@@ -16,7 +16,7 @@ from burnish import tracking
 from burnish.card import card
 from burnish.config import Recipe, load
 from burnish.data.contract import Contract, difference
-from burnish.data.tokenizer import load_template
+from burnish.data.tokenizer import load_template, trained_token_ids
 from burnish.errors import BurnishError, DataError, RecipeError
 from burnish.train import checkpoint
 from burnish.train.adapters import with_adapters, with_saved_adapters
@@ -151,7 +151,7 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
     """Saves the base model with the trained weights put in, as all weights or as an adapter; its logits before that."""
     model = load_weights(recipe)
     if recipe.lora is not None:
-        model = with_adapters(model, recipe.lora)
+        model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
     trained = load_file(weights)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wanted != set(trained):

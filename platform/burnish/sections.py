@@ -99,6 +99,17 @@ class LoraSpec(Spec):
     from their directions, which takes more time and memory."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole beside the adapters and exported with them, for example embed_tokens and lm_head."""
+    train_tokens: tuple[str, ...] = ()
+    """Tokens of the vocabulary whose rows of embeddings and head are trained beside the adapters, for example those that a
+    template adds to a base model."""
+
+    @model_validator(mode="after")
+    def a_row_is_trained_once(self) -> "LoraSpec":
+        """Raises ValueError for tokens whose rows are trained already, with all others."""
+        whole = {"embed_tokens", "wte", "lm_head"} & {name.split(".")[-1] for name in self.modules_to_save}
+        if self.train_tokens and whole:
+            raise ValueError(f"train_tokens: {sorted(whole)[0]} is trained whole by modules_to_save; take one of them out")
+        return self
 
 
 class TemplateSpec(Spec):

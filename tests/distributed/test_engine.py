@@ -319,7 +319,7 @@ class Worker:
 
         engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
         objective = Objective(engine, engine.device)
-        assert objective._head is not None
+        assert (objective._head is None) == bool(recipe.lora and recipe.lora.train_tokens)
         steps, trained = make_packs(packed), [p for p in engine.module.parameters() if p.requires_grad]
         if packed:  # Changes nothing, so that all below holds with it as without.
             own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in steps[0][self.rank :: self.world]]
@@ -378,13 +378,15 @@ def gang(cluster):
 
 def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
     lora, dora = {"rank": 4}, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    tokens = {"rank": 4, "train_tokens": ["a", "e"]}
     kinds = [
+        *product((tokens,), (0, 3), (True,), (False, True), ("none",)),
         *product((None,), (0, 1, 2, 3), (True, False), (False, True), ("none",)),
         *product((lora,), (0, 3), (True,), (False, True), ("none",)),
         *product((dora,), (0, 3), (True,), (False,), ("none",)),
         *product((None, lora), (2, 3), (True,), (False,), ("optimizer",)),
     ]
-    expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora)}
+    expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora, tokens)}
     for world in (1, 2, 4):
         runs = [
             make_recipe(
@@ -405,9 +407,9 @@ def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
                 assert np.allclose(found.norms, right.norms, rtol=1e-5, atol=0), (where, found.norms, right.norms)
                 for one, other in zip(found.gradients, right.gradients, strict=True):
                     assert (one - other).norm() / other.norm() < 1e-5, where
-    firsts, seconds = zip(*(right.losses[:2] for right in expected.values()), strict=True)
+    firsts, _, thirds = zip(*(right.losses for right in expected.values()), strict=True)
     assert np.allclose(firsts, firsts[0], rtol=1e-6, atol=0), "fresh adapters change nothing"
-    assert len(set(seconds)) == len(expected)
+    assert len(set(thirds)) == len(expected)
 
 
 def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_recipe, tmp_path):
@@ -432,6 +434,7 @@ def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_r
         (0, "float32", None), (0, "bfloat16", lora), (1, "float32", lora), (2, "bfloat16", None), (3, "float32", lora),
         (3, "float32", None), (3, "bfloat16", None), (3, "float32", dora),
     ]  # fmt: skip
+    kinds += [(3, "float32", {**lora, "train_tokens": ["a"]})]
     kinds = [(*kind, "none") for kind in kinds] + [(2, "bfloat16", lora, "optimizer"), (3, "bfloat16", None, "optimizer")]
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():  # as DeepSpeed asks; its loss scale must go on too
         kinds += [(0, "float16", None, "none"), (1, "float16", lora, "none"), (3, "float16", None, "none")]

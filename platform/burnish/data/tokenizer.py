@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,35 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
     Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary,
     RecipeError where the tokenizer needs code that the recipe does not trust.
     """
+    tokenizer = _load(recipe)
+    fixed = recipe.template.date.isoformat() if recipe.template.date else date
+    return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
+
+
+def _load(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer  # it imports torch, and data tasks unpickle what stands here
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
+        return AutoTokenizer.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise RecipeError(recipe.model.unloadable(error)) from None
         raise DataError(f"model.path: {recipe.model.path} has no usable tokenizer: {one_line(error)}") from None
-    fixed = recipe.template.date.isoformat() if recipe.template.date else date
-    return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
+
+
+def trained_token_ids(recipe: Recipe) -> tuple[int, ...]:
+    """The ids of `lora.train_tokens`, ascending. Raises DataError for a name that is none."""
+    names = recipe.lora.train_tokens if recipe.lora else ()
+    return tuple(sorted(_single("lora.train_tokens", names, _load(recipe)))) if names else ()
+
+
+def _single(key: str, names: Iterable[str], tokenizer: Any) -> frozenset[int]:
+    """The ids of tokens; raises DataError for a name that is not one token of the vocabulary."""
+    ids = {name: tokenizer.encode(name, add_special_tokens=False) for name in names}
+    for name, found in ids.items():
+        if len(found) != 1:
+            raise DataError(f"{key}: {name!r} is {len(found)} tokens in this vocabulary; name a token that is one")
+    return frozenset(found[0] for found in ids.values())
 
 
 def dated(tokenizer: Any, source: str, kwargs: Mapping[str, Any], stop_ids: frozenset[int], date: str | None) -> Template:
@@ -101,13 +120,7 @@ def _source(recipe: Recipe, tokenizer: Any) -> str:
 def _stop_ids(recipe: Recipe, tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that end an answer: the recipe's, else the generation config's and the tokenizer's EOS."""
     if recipe.template.stop_tokens is not None:
-        ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in recipe.template.stop_tokens}
-        for token, found in ids.items():
-            if len(found) != 1:
-                raise DataError(
-                    f"template.stop_tokens: {token!r} is {len(found)} tokens in this vocabulary; name a token that is one"
-                )
-        return frozenset(found[0] for found in ids.values())
+        return _single("template.stop_tokens", recipe.template.stop_tokens, tokenizer)
     try:
         generation: Any = GenerationConfig.from_pretrained(recipe.located().model.path, revision=recipe.model.revision)
         stops = generation.eos_token_id

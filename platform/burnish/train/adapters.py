@@ -1,6 +1,6 @@
 """Adapters: what a recipe names for them, checked against the model, and a model that has them (peft)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> None:
     _check_saved(spec, modules, [name for name in linear if not _is_named(name, "lm_head")])
 
 
-def with_adapters(model: Any, spec: LoraSpec) -> Any:
+def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> Any:
     """The model with fresh adapters in its own dtype; DeepSpeed keeps the float32 masters. Only what they are is trained.
 
+    `token_ids` are those of `train_tokens`, whose rows of embeddings and head are trained too.
     Raises RecipeError for names that the model does not have, and for a weight that input and output share.
     """
     import torch
@@ -48,6 +49,7 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
         use_dora=spec.variant == "dora",
         target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         modules_to_save=saved or None,
+        trainable_token_indices=_token_rows(model, token_ids) or None,
         task_type="CAUSAL_LM",
     )
     dtype = model.get_input_embeddings().weight.dtype
@@ -59,6 +61,16 @@ def with_adapters(model: Any, spec: LoraSpec) -> Any:
         if weight.requires_grad:
             weight.data = weight.data.to(dtype)
     return adapted
+
+
+def _token_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """The rows that are trained, by the path of their module; a head that shares its weight with the embeddings has none."""
+    if not token_ids:
+        return {}
+    ends = [model.get_input_embeddings()]
+    if ends[0].weight is not model.get_output_embeddings().weight:
+        ends.append(model.get_output_embeddings())
+    return {path: list(token_ids) for path, module in model.named_modules() if any(module is end for end in ends)}
 
 
 def with_saved_adapters(model: Any, folder: Path) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
+from burnish.data.tokenizer import trained_token_ids
 from burnish.train import attention, quantized
 from burnish.train.adapters import with_adapters
 from burnish.train.engine import share_out
@@ -62,7 +63,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
     model.config.use_cache = False
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:
-        model = with_adapters(model, recipe.lora)
+        model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
         if whole and shares:
             shards = Shards(model, device)
         fuse(model)
@@ -94,7 +95,9 @@ def _shared_out(
     converts them, or scales what is quantised), and for adapters that look at the weights themselves.
     """
     folder = Path(recipe.located().model.path)
-    looks = recipe.lora is not None and (recipe.lora.variant == "dora" or recipe.lora.modules_to_save)
+    looks = recipe.lora is not None and (
+        recipe.lora.variant == "dora" or recipe.lora.modules_to_save or recipe.lora.train_tokens
+    )
     if not folder.is_dir() or looks:
         return None, None
     with init_empty_weights(include_buffers=False):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from burnish.config import Recipe
+from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import RecipeError, one_line
 from burnish.train.adapters import with_adapters
 from burnish.train.layout import Footprint, Layout, Sizes, choose
@@ -88,7 +89,7 @@ def _skeleton(recipe: Recipe) -> Any:
         )
         model.config.use_cache = False
         if recipe.lora is not None:
-            model = with_adapters(model, recipe.lora)
+            model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
         return model
 
 

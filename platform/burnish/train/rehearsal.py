@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
+from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import one_line
 from burnish.train import attention
 from burnish.train.adapters import with_adapters
@@ -95,7 +96,7 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
         model.config.use_cache = False
-        model = model if recipe.lora is None else with_adapters(model, recipe.lora)
+        model = model if recipe.lora is None else with_adapters(model, recipe.lora, trained_token_ids(recipe))
     if recipe.model.recomputes():
         recompute(model)
     objective = Objective(model.train(), device)

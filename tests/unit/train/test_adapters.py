@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from burnish.errors import RecipeError
+from burnish.data.tokenizer import trained_token_ids
+from burnish.errors import DataError, RecipeError
 from burnish.sections import LoraSpec
 from burnish.train.adapters import check_adapters, with_adapters
 from burnish.train.attention import SDPA, register
+from burnish.train.build import build_model
 from burnish.train.footprint import measure
 from burnish.train.model import shapes
 from burnish.train.objective import Objective
@@ -116,3 +118,45 @@ def test_a_plan_counts_what_is_trained(make_recipe, model_folder):
         recipe = make_recipe(lora=lora)
         made = with_adapters(model(model_folder), recipe.lora)
         assert measure(recipe).trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_named_tokens_are_trained_and_no_others(make_recipe, tmp_path, tied, dtype):
+    """In embeddings and head, which stay one where they are one, and as much when they are merged."""
+    folder = write_model(tmp_path / "model", "gemma" if tied else "llama")
+    names = ("<|im_start|>", "a")
+    recipe = make_recipe(model={"path": str(folder), "dtype": dtype}, lora={"rank": 2, "train_tokens": names})
+    ids = trained_token_ids(recipe)
+    assert len(ids) == 2 == len(set(ids)) and list(ids) == sorted(ids)
+    made = build_model(recipe, cuda=False)
+    rows = [weight for name, weight in made.named_parameters() if weight.requires_grad and "lora_" not in name]
+    assert [tuple(weight.shape) for weight in rows] == [(2, 32)] * (1 if tied else 2)
+    assert measure(recipe).trained == sum(weight.numel() for weight in made.parameters() if weight.requires_grad)
+    row = np.array([5, ids[0], 6, ids[1], 7, 8], np.int32)
+    loss = Objective(made, torch.device("cpu")).loss_sum(row, row, np.array([6], np.int32))
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum(dim=1).gt(0).all() for weight in rows)
+    before = {name: weight.clone() for name, weight in model(folder, getattr(torch, dtype)).named_parameters()}
+    with torch.no_grad():
+        for weight in rows:
+            weight += 1
+        for name, weight in made.named_parameters():
+            if "lora_" in name:
+                weight.zero_()
+    merged = made.merge_and_unload()
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    for name, weight in merged.named_parameters():
+        wanted = before[name].clone()
+        if "embed_tokens" in name or "lm_head" in name:
+            wanted[list(ids)] += 1
+        assert torch.equal(weight, wanted), name
+
+
+def test_a_token_that_is_none_is_refused(make_recipe):
+    with pytest.raises(DataError, match=r"lora.train_tokens: '<\|nothing\|>' is \d+ tokens in this vocabulary"):
+        trained_token_ids(make_recipe(lora={"train_tokens": ["<|nothing|>"]}))
+    with pytest.raises(
+        RecipeError, match=r"train_tokens: embed_tokens is trained whole by modules_to_save; take one of them out"
+    ):
+        make_recipe(lora={"train_tokens": ["a"], "modules_to_save": ["embed_tokens"]})
