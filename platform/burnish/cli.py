@@ -189,6 +189,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         show(result)
+    if result["misfit"]:
+        raise RecipeError(result["misfit"])
     return 0
 
 

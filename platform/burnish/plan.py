@@ -1,5 +1,6 @@
 """What a recipe will cost, counted by the same graph that training streams from."""
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +17,18 @@ from burnish.data import order, pipeline, quality, survey
 from burnish.data.order import Cursor
 from burnish.data.quality import Finding
 from burnish.data.stages import Patience, Stages
+from burnish.errors import RecipeError, one_line
 from burnish.train.cluster import connected, role_labels
 from burnish.train.footprint import lay_out
+from burnish.train.layout import Room
 from burnish.train.prepare import prepare
 from burnish.train.rehearsal import Rehearsal, rehearse
 
+logger = logging.getLogger(__name__)
+
 _PARTS = ("weights", "gradients", "optimizer", "activations")
+_PATIENCE_SECONDS = 300.0
+"""How long to wait for a device to be free, and for the run to be tried on it."""
 _EXAMPLES = 3
 """Rows shown of each reason to leave rows out."""
 
@@ -30,8 +37,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Rows, refusals by code, samples, packs, tokens, steps and balance of one epoch; memory of a worker; the time.
 
     Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, the mean of all steps; 1 is perfect.
-    `seconds` is the time that workers compute, in all epochs. Raises what `prepare` raises, and RecipeError where the model
-    does not fit.
+    `seconds` is the time that workers compute, in all epochs; `misfit` says why the model does not fit, where it does not.
+    Raises what `prepare` raises.
     """
     prepared = prepare(recipe)
     one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
@@ -40,7 +47,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     balanced = 0.0
     flops = 0.0
     with connected(recipe.widths()[0]):
-        tried = _rehearse(recipe)
+        tried, misfit = _rehearse(recipe)
         rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
         found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
         windows = order.train_slices(one_epoch, found.kept(), Cursor())
@@ -66,7 +73,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     balance = balanced / tokens if tokens else 1.0
     total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
     num_steps = min(total_steps, recipe.train.max_steps or total_steps)
-    rate = tried.flops_per_second
+    rate = tried and tried.flops_per_second
     return {
         "rows": rows,
         "refused": dict(codes),
@@ -80,7 +87,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "tokens_per_step": tokens / max(1, steps),
         "balance": balance,
         "quality": quality_of(found, recipe),
-        "memory": _memory(tried),
+        "misfit": misfit,
+        "memory": tried and _memory(tried),
         "seconds": rate and flops * num_steps / max(1, steps) / (rate * recipe.widths()[0] * balance),
     }
 
@@ -106,21 +114,28 @@ def quality_of(found: survey.Survey, recipe: Recipe) -> dict[str, dict[str, Any]
     return result
 
 
-def _rehearse(recipe: Recipe) -> Rehearsal:
-    """The recipe tried on the device of one worker. Raises RecipeError where it does not fit there."""
+def _rehearse(recipe: Recipe) -> tuple[Rehearsal | None, str | None]:
+    """The recipe tried on the device of one worker, or why it does not fit there."""
     import ray
 
     num_workers, wanted = recipe.widths()[0], recipe.scale.use_gpu
     has = ray.cluster_resources().get("GPU", 0.0) > 0
     cuda = has if wanted == "auto" else wanted
-    if cuda and not has:
-        return Rehearsal("no GPU here", None, *lay_out(recipe, sys.maxsize, num_workers), None)
     # Ray Train puts as many workers on a node as it has places.
     places = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-    options = {"num_gpus": 1} if cuda else {"num_cpus": 1, "label_selector": role_labels(recipe, "train") or {}}
-    task = ray.remote(rehearse).options(**options)
-    found: Rehearsal = ray.get(task.remote(recipe.located(), cuda, num_workers, min(num_workers, places)))
-    return found
+    options = {"num_gpus": 1} if cuda else {"num_cpus": 1}
+    task = ray.remote(rehearse).options(**options, label_selector=role_labels(recipe, "train") or {})
+    try:
+        if has or not cuda:
+            given = (recipe.located(), cuda, num_workers, min(num_workers, places))
+            return ray.get(task.remote(*given), timeout=_PATIENCE_SECONDS), None
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, RecipeError):
+            raise
+        return None, str(error.cause)
+    except ray.exceptions.RayError as error:  # every device is taken, or the task was lost
+        logger.warning("the run was not tried on a device: %s", one_line(error))
+    return Rehearsal("no device here", None, *lay_out(recipe, Room(sys.maxsize), num_workers), None), None
 
 
 def _memory(tried: Rehearsal) -> dict[str, Any] | None:
@@ -131,7 +146,7 @@ def _memory(tried: Rehearsal) -> dict[str, Any] | None:
         "zero_stage": tried.recipe.engine.stage(),
         "activation_checkpointing": tried.recipe.model.recomputes(),
         "device": tried.device,
-        "capacity": tried.capacity,
+        "capacity": tried.room and tried.room.device,
     }
     return asdict(tried.needed) | {"total": tried.needed.total} | layout
 
@@ -164,7 +179,7 @@ def _on_workers(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What the plan says of memory and time."""
     usage, seconds = result["memory"], result["seconds"]
     if usage is None:
-        yield "memory a worker", "cannot be told of this model"
+        yield "memory a worker", "does not fit" if result["misfit"] else "cannot be told of this model"
     else:
         of = f" of {usage['capacity'] / 1e9:.1f}" if usage["capacity"] else ""
         parts = ", ".join(f"{part} {usage[part] / 1e9:.2f}" for part in _PARTS)

@@ -282,6 +282,10 @@ class ScaleSpec(Spec):
         """The fewest and the most workers."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
+    def patience_seconds(self) -> int:
+        """How long workers wait for each other in a collective: longer than the watchdog lets one of them hang."""
+        return int(2 * self.stall_seconds) + 60
+
     @model_validator(mode="after")
     def fewest_workers_come_first(self) -> "ScaleSpec":
         """Raises ValueError where the bounds of num_workers descend."""

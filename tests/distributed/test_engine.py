@@ -15,7 +15,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PhiConfig, Qwen3MoeConfig
 
 from burnish.config import Recipe
 from burnish.data.order import Cursor, StepMeta
@@ -410,6 +410,42 @@ def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
     firsts, _, thirds = zip(*(right.losses for right in expected.values()), strict=True)
     assert np.allclose(firsts, firsts[0], rtol=1e-6, atol=0), "fresh adapters change nothing"
     assert len(set(thirds)) == len(expected)
+
+
+ODD = {
+    # A head that shares its weight with the embeddings and has a bias of its own.
+    "phi": PhiConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    ),
+    # Matrices the other way round, which PEFT asks for their shape.
+    "gpt2": GPT2Config(
+        vocab_size=400, n_embd=32, n_inner=48, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    ),
+    # Experts that are one tensor of three dimensions.
+    "qwen3_moe": Qwen3MoeConfig(
+        vocab_size=400, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_models_train_alike_when_their_frozen_weights_are_shared_out(gang, make_recipe, tmp_path, name):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(ODD[name]).save_pretrained(tmp_path / name)
+
+    def recipe_of(stage: int, recomputed: bool) -> Recipe:
+        model = {"path": str(tmp_path / name), "activation_checkpointing": recomputed}
+        return make_recipe(model=model, lora={"rank": 4}, scale={"num_workers": 2}, engine={"zero_stage": stage})
+
+    right = plain(recipe_of(2, False))
+    kinds = ((3, False), (3, True), (2, False))
+    for kind, *workers in zip(kinds, *gang(2, "run", [(recipe_of(*kind), True) for kind in kinds]), strict=True):
+        for found in workers:
+            assert np.allclose(found.losses, right.losses, rtol=1e-5, atol=0), (kind, found.losses, right.losses)
+            for one, other in zip(found.gradients, right.gradients, strict=True):
+                assert (one - other).norm() / other.norm() < 1e-5, kind
 
 
 def test_a_run_goes_on_with_any_number_of_workers_under_every_stage(gang, make_recipe, tmp_path):

@@ -166,13 +166,11 @@ def _fit(run: Run, start: checkpoint.Checkpoint | None, workers: int, stages: St
     if prepared.eval is not None:
         held_out = order.eval_slices(recipe, prepared.eval)
         datasets["eval"] = pipeline.stream(held_out, rendering, rounds, workers, order.Cursor(), stages)
-    # A collective must outlast the watchdog, which knows who hangs.
-    patience = int(2 * recipe.scale.stall_seconds) + 60
     elastic = len(recipe.widths()) > 1
     trainer = TorchTrainer(
         _work,
         train_loop_config={"attempt": attempt},
-        torch_config=TorchConfig(backend="nccl" if run.cuda else "gloo", timeout_s=patience),
+        torch_config=TorchConfig(backend="nccl" if run.cuda else "gloo", timeout_s=recipe.scale.patience_seconds()),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=run.cuda, label_selector=role_labels(recipe, "train")),
         # burnish keeps its own checkpoints and restarts; Ray's folder holds nothing that is needed again. Ray waits for ever
         # for nodes that are not there, which is right unless fewer workers would do.

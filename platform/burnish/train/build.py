@@ -65,7 +65,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
         if whole and shares:
-            shards = Shards(model, device)
+            shards = Shards(model, device, recipe.scale.patience_seconds())
         fuse(model)
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
@@ -120,7 +120,9 @@ def _shared_out(
         share_out(_weights(model, files | (_files_of(trained) if trained else {})), recipe, num_workers)
     else:
         called = {weight: name for name, weight in model.requires_grad_(False).named_parameters()}
-        shards = Shards(model, device, lambda weight: _read(files[called[weight]], called[weight]))
+        shards = Shards(
+            model, device, recipe.scale.patience_seconds(), lambda weight: _read(files[called[weight]], called[weight])
+        )
     device = next(model.parameters()).device
     for module in model.modules():  # DeepSpeed leaves buffers where they are, since the weights are shared out already
         for name, buffer in module.named_buffers(recurse=False):

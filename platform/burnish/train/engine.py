@@ -39,7 +39,11 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, num_workers: int) -> En
         weight_decay=recipe.optim.weight_decay,
         fused=True,  # one pass over the state, and no copies of it
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(recipe, num_workers))
+    config = configuration(recipe, num_workers)
+    # DeepSpeed takes memory for a whole bucket, of adapters too.
+    trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET_ELEMENTS, trained)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 

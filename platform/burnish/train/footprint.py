@@ -20,10 +20,11 @@ from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import RecipeError, one_line
 from burnish.train.adapters import with_adapters
-from burnish.train.layout import Footprint, Layout, Sizes, choose
-from burnish.train.model import configuration, decoder_layers, recompute
+from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose
+from burnish.train.model import configuration, recompute
 from burnish.train.objective import Objective
 from burnish.train.quantized import saved_bytes
+from burnish.train.shards import blocks
 
 _KERNEL = "burnish_packed_shapes"
 """Name of the attention that gives out shapes alone."""
@@ -33,11 +34,12 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 logger = logging.getLogger(__name__)
 
 
-def lay_out(recipe: Recipe, capacity: int, num_workers: int) -> tuple[Recipe, Footprint | None]:
-    """The recipe with its layout decided for workers with so many bytes each, and what it will need at most.
+def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footprint | None]:
+    """The recipe with its layout decided for workers with so much room each, and what it will need at most.
 
-    A model that cannot be measured is recomputed on a GPU and shared out, which is slow and fits most often; then nothing is
-    said of what it needs. Raises RecipeError where it does not fit.
+    A run that may go on with fewer workers must fit on those, too. A model that cannot be measured is recomputed on a GPU
+    and shared out, which is slow and fits most often; then nothing is said of what it needs. Raises RecipeError where the
+    run does not fit.
     """
     try:
         sizes = measure(recipe)
@@ -47,21 +49,20 @@ def lay_out(recipe: Recipe, capacity: int, num_workers: int) -> tuple[Recipe, Fo
         logger.warning("what %s needs in memory cannot be told: %s", recipe.model.path, one_line(error))
         recomputes, stage = recipe.model.activation_checkpointing, recipe.engine.zero_stage
         cautious = Layout(
-            (3 if num_workers > 1 else 2) if stage == "auto" else stage,
+            (3 if num_workers > 1 and recipe.model.quantize is None else 2) if stage == "auto" else stage,
             torch.cuda.is_available() if recomputes == "auto" else recomputes,
         )
         return cautious.of(recipe), None
-    layout, needed = choose(recipe, sizes, capacity, num_workers)
+    choose(recipe, sizes, room, recipe.widths()[-1])
+    layout, needed = choose(recipe, sizes, room, num_workers)
     return layout.of(recipe), needed
 
 
-def device_memory(cuda: bool, local_workers: int) -> int:
-    """Bytes that a worker may fill: its GPU's, or its share of the host's."""
-    if cuda:
-        return int(torch.cuda.mem_get_info()[1])
+def room_of(cuda: bool, local_workers: int) -> Room:
+    """What a worker may fill: its GPU's memory and its share of the host's, or that alone."""
     limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([host, *limits]) // local_workers
+    host = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits]) // local_workers
+    return Room(int(torch.cuda.mem_get_info()[1]), host) if cuda else Room(host)
 
 
 def measure(recipe: Recipe) -> Sizes:
@@ -73,11 +74,18 @@ def measure(recipe: Recipe) -> Sizes:
     weights = sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     size, tokens = getattr(torch, recipe.model.dtype).itemsize, recipe.data.max_length
-    blocks = (model.get_input_embeddings(), *decoder_layers(model), model.get_output_embeddings())
-    largest = max(sum(weight.nbytes for weight in block.parameters()) for block in blocks)
-    saved, whole = saved_bytes(recipe, model)
-    kept, recomputed = _most(model, tokens, False), _most(_skeleton(recipe), tokens, True)
-    return Sizes(weights - saved, trained, size, tokens, kept + whole, recomputed + whole, largest)
+    if recipe.lora is None:
+        shared = sum(each.nbytes for each in model.parameters())
+        live = min(shared, LIVE_ELEMENTS * size)
+    else:
+        parts = [set(own) for _, own, _ in blocks(model)]
+        shared = sum(each.nbytes for each in set().union(*parts))
+        live = sum(sorted(sum(each.nbytes for each in own) for own in parts)[-2:])
+    # DeepSpeed takes a model that was loaded whole to the device before it shares it out.
+    whole = recipe.lora is None and not Path(recipe.located().model.path).is_dir()
+    saved, largest = saved_bytes(recipe, model)
+    kept, recomputed = (largest + _most(each, tokens, each is not model) for each in (model, _skeleton(recipe)))
+    return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, weights if whole else 0)
 
 
 def _skeleton(recipe: Recipe) -> Any:

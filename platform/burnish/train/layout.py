@@ -13,6 +13,8 @@ BUCKET_ELEMENTS = 100_000_000
 """Gradients that DeepSpeed sends between workers at once. Its default is five times that, a gigabyte of every GPU."""
 LIVE_ELEMENTS = 1_000_000_000
 """Weights that a worker may hold whole at once under ZeRO-3; DeepSpeed keeps those that it needs again soon."""
+_AVERAGED_ELEMENTS = 500_000_000
+"""Gradients that DeepSpeed averages at once where it shards nothing (its engine's MEMORY_OPT_ALLREDUCE_SIZE)."""
 USABLE = 0.9
 """Share of a device's memory that a layout may plan with; the rest is the libraries' own and what lies between tensors."""
 
@@ -36,8 +38,8 @@ class Sizes:
     """What a model needs whatever its layout.
 
     `weights` bytes of all weights, adapters among them; `trained` of these, as numbers of `itemsize` bytes; the most bytes
-    that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`; `block` bytes
-    of the largest layer, embeddings or head.
+    that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`. ZeRO-3 shares
+    out `shared` bytes of the weights, of which `live` are whole at once on every worker; `loading` bytes are at its start.
     """
 
     weights: int
@@ -46,7 +48,17 @@ class Sizes:
     tokens: int
     kept: int
     recomputed: int
-    block: int = 0
+    shared: int
+    live: int
+    loading: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that one worker may fill: of its device, and of its host beside that; None where the device is the host."""
+
+    device: int
+    host: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,45 +93,48 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     bucket = min(BUCKET_ELEMENTS, trained) * size
     weights = sizes.weights
     if stage == 3 and num_workers > 1:
-        own = trained * size
-        if own < weights:  # adapters, which are whole on every worker; of the others a layer and the next one (`shards`)
-            weights = own + (weights - own) // num_workers + min(weights - own, 2 * sizes.block)
-        else:
-            weights = weights // num_workers + min(weights, LIVE_ELEMENTS * size)
+        weights += sizes.shared // num_workers + sizes.live - sizes.shared
     optimizer = trained * (8 if stage == 0 and size == 4 else 12) // (num_workers if stage else 1)
-    gradients = trained * size // (num_workers if stage >= 2 else 1) + (bucket if stage >= 2 else 0)
-    stepping = (0 if size == 4 else trained * 4 // (num_workers if stage else 1)) + (
-        bucket if stage < 2 < num_workers else 0
-    )
+    gradients = trained * size // (num_workers if stage >= 2 else 1) + (bucket if stage else 0)
+    stepping = 0 if size == 4 else trained * 4 // (num_workers if stage else 1)
+    if stage == 0 and num_workers > 1:  # DeepSpeed's copy of gradients that it averages at once
+        stepping += min(trained, _AVERAGED_ELEMENTS) * size
     if offloads:
         optimizer = stepping = 0
     kept = sizes.recomputed if layout.activation_checkpointing else sizes.kept
-    return Footprint(weights, gradients, optimizer, max(kept, stepping))
+    loading = sizes.loading - weights - gradients - optimizer if stage == 3 else 0
+    return Footprint(weights, gradients, optimizer, max(kept, stepping, loading))
 
 
-def choose(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> tuple[Layout, Footprint]:
-    """The fastest layout that a recipe leaves open and that fits into `capacity` bytes on each worker; what it needs there.
+def choose(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> tuple[Layout, Footprint]:
+    """The fastest layout that a recipe leaves open and for which each worker has room; what it needs there.
 
     To recompute activations costs a third to half of the arithmetic, more than to gather shared weights; so what is sharded
     gives way first. Raises RecipeError where none fits, with what was found and what would fit.
     """
-    found = [(each, footprint(sizes, each, num_workers, _offloads(recipe))) for each in _open(recipe, num_workers)]
+    offloads, state = _offloads(recipe, room), 12 * sizes.trained // num_workers
+    if offloads and room.host is not None and state > USABLE * room.host:
+        raise RecipeError(
+            f"engine.offload: the optimizer's state does not fit: each of {num_workers} workers has "
+            f"{room.host / 1e9:.2f} GB of its host's memory and needs {state / 1e9:.2f} GB. Take more nodes"
+        )
+    found = [(each, footprint(sizes, each, num_workers, offloads)) for each in _open(recipe, num_workers)]
     for layout, needed in found:
-        if needed.total <= USABLE * capacity:
+        if needed.total <= USABLE * room.device:
             return layout, needed
     layout, needed = min(found, key=lambda pair: pair[1].total)
-    if needed.total <= capacity:
+    if needed.total <= room.device:
         return layout, needed
-    fitting = list(_fitting(recipe, sizes, capacity, num_workers))
+    fitting = list(_fitting(recipe, sizes, room, num_workers))
     advice = f"Write {', or '.join(fitting)}" if fitting else "Take a smaller model, or devices with more memory"
     raise RecipeError(
-        f"model.path: {recipe.model.path} does not fit: each of {num_workers} workers has {capacity / 1e9:.2f} GB and needs "
-        f"at least {needed}, with packs of {sizes.tokens:,} tokens. {advice}"
+        f"model.path: {recipe.model.path} does not fit: each of {num_workers} workers has {room.device / 1e9:.2f} GB and "
+        f"needs at least {needed}, with packs of {sizes.tokens:,} tokens. {advice}"
     )
 
 
-def _offloads(recipe: Recipe) -> bool:
-    return recipe.engine.offload == "optimizer"
+def _offloads(recipe: Recipe, room: Room) -> bool:
+    return recipe.engine.offload == "optimizer" and room.host is not None
 
 
 def _open(recipe: Recipe, num_workers: int) -> list[Layout]:
@@ -130,20 +145,21 @@ def _open(recipe: Recipe, num_workers: int) -> list[Layout]:
     return [Layout(each, kept) for kept in ((False, True) if recomputes == "auto" else (recomputes,)) for each in stages]
 
 
-def _fitting(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> Iterator[str]:
+def _fitting(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> Iterator[str]:
     """Single changes of a recipe with which it would fit, those that cost least first."""
 
     def fits(
-        layouts: list[Layout], sizes: Sizes = sizes, workers: int = num_workers, offloads: bool = _offloads(recipe)
+        layouts: list[Layout], sizes: Sizes = sizes, workers: int = num_workers, offloads: bool = _offloads(recipe, room)
     ) -> bool:
-        return any(footprint(sizes, layout, workers, offloads).total <= USABLE * capacity for layout in layouts)
+        return any(footprint(sizes, layout, workers, offloads).total <= USABLE * room.device for layout in layouts)
 
     every = [Layout(stage, recomputed) for recomputed in (False, True) for stage in (2, 3)]
     own = _open(recipe, num_workers)
     if fits(every) and own != every and recipe.model.quantize is None:
         yield "engine.zero_stage: auto and model.activation_checkpointing: auto"
     shardable = [layout for layout in own if layout.zero_stage >= 2]
-    if not _offloads(recipe) and fits(shardable, offloads=True):
+    held = 12 * sizes.trained // num_workers
+    if recipe.engine.offload == "none" and held <= USABLE * (room.host or 0) and fits(shardable, offloads=True):
         yield "engine.offload: optimizer"
     more = (num_workers * 2**power for power in range(1, 10))
     wide = [] if recipe.model.quantize else [Layout(3, layout.activation_checkpointing) for layout in own]
@@ -160,6 +176,7 @@ def _fitting(recipe: Recipe, sizes: Sizes, capacity: int, num_workers: int) -> I
     if recipe.lora is None and fits(own, sizes=replace(sizes, trained=sizes.trained // 100)):
         yield "lora: {rank: 16}"
     if sizes.itemsize == 4:
-        half = Sizes(sizes.weights // 2, sizes.trained, 2, sizes.tokens, sizes.kept // 2, sizes.recomputed // 2)
+        halves = {name: getattr(sizes, name) // 2 for name in ("weights", "kept", "recomputed", "shared", "live")}
+        half = replace(sizes, **halves, itemsize=2)
         if fits(own, sizes=half):
             yield "model.dtype: bfloat16"

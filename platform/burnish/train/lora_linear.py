@@ -63,7 +63,7 @@ class _LoraLinear(torch.autograd.Function):
         output = F.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scale)
         ctx.save_for_backward(inputs, inner, weight, down, up)
         ctx.scale = scale
-        return output.view(*inputs.shape[:-1], -1)
+        return output.view(*inputs.shape[:-1], output.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

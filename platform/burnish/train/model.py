@@ -247,10 +247,11 @@ def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The decoder's layers: the outermost list of modules, a `torch.nn.ModuleList`."""
+    """The layers of the text decoder, a `torch.nn.ModuleList`: the outermost list of modules in it."""
     import torch
 
-    return next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # else a tower of vision may come first
+    return next(each for each in decoder.modules() if isinstance(each, torch.nn.ModuleList))
 
 
 def recompute(model: Any) -> None:

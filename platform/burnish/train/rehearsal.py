@@ -17,13 +17,16 @@ from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import one_line
 from burnish.train import attention
 from burnish.train.adapters import with_adapters
-from burnish.train.footprint import device_memory, lay_out
-from burnish.train.layout import Footprint
+from burnish.train.footprint import lay_out, room_of
+from burnish.train.layout import Footprint, Room
+from burnish.train.lora_linear import fuse
 from burnish.train.model import attention_dropout, configuration, head_widths, pack_cost, recompute
 from burnish.train.objective import Objective
 
 _SAMPLES = 4
 """Samples in the pack that is timed."""
+_MOST_FLOPS = 2e12
+"""What a core of a CPU computes in a minute or two."""
 _ROUNDS = 3
 """Steps of which the fastest counts; the first one plans kernels and takes memory."""
 
@@ -35,11 +38,11 @@ class Rehearsal:
     """What one worker's device is, the recipe with its layout decided there, what it will need, and how fast it computes.
 
     `flops_per_second` are those that the model itself needs (`train/model.py:cost`), forward and backward; the collectives
-    between workers and the optimizer's step are not in it. `capacity`, `needed` and that are None where they cannot be told.
+    between workers and the optimizer's step are not in it. `room`, `needed` and that are None where they cannot be told.
     """
 
     device: str
-    capacity: int | None
+    room: Room | None
     recipe: Recipe
     needed: Footprint | None
     flops_per_second: float | None
@@ -50,8 +53,8 @@ def rehearse(recipe: Recipe, cuda: bool, num_workers: int, local_workers: int) -
 
     One and two layers with random weights are timed, and what the second one adds counts for each of the others.
     """
-    capacity = device_memory(cuda, local_workers)
-    recipe, needed = lay_out(recipe, capacity, num_workers)
+    room = room_of(cuda, local_workers)
+    recipe, needed = lay_out(recipe, room, num_workers)
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     try:
@@ -59,15 +62,18 @@ def rehearse(recipe: Recipe, cuda: bool, num_workers: int, local_workers: int) -
     except Exception as error:  # any code of any model runs here
         logger.warning("the time of %s cannot be told: %s", recipe.model.path, one_line(error))
         rate = None
-    return Rehearsal(name, capacity, recipe, needed, rate)
+    return Rehearsal(name, room, recipe, needed, rate)
 
 
-def _flops_per_second(recipe: Recipe, device: torch.device) -> float:
+def _flops_per_second(recipe: Recipe, device: torch.device) -> float | None:
+    """None where it would not be that of the run, or take a CPU minutes."""
     config = configuration(recipe)
     layers = int(config.get_text_config().num_hidden_layers)
-    one, two = (_seconds(recipe, _with_layers(config, number), device) for number in (1, 2))
     lengths = _lengths(recipe)
     flops = float(pack_cost(recipe).of(lengths, np.array([0, len(lengths)])).sum())
+    if recipe.model.quantize or (device.type == "cpu" and flops * 2 / layers * _ROUNDS > _MOST_FLOPS):
+        return None
+    one, two = (_seconds(recipe, _with_layers(config, number), device) for number in (1, 2))
     return flops / (one + max(two - one, 0.0) * (layers - 1))
 
 
@@ -96,7 +102,9 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
         model.config.use_cache = False
-        model = model if recipe.lora is None else with_adapters(model, recipe.lora, trained_token_ids(recipe))
+        if recipe.lora is not None:
+            model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
+            fuse(model)
     if recipe.model.recomputes():
         recompute(model)
     objective = Objective(model.train(), device)

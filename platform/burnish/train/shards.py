@@ -8,6 +8,7 @@ before it computes (as FSDP does, arXiv 2304.11277, section 3.3). DeepSpeed has 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -43,24 +44,28 @@ class _Unit:
 class Shards:
     """The parts of all frozen weights that one worker keeps, and what of them is whole now: a layer, and the next one."""
 
-    def __init__(self, model: nn.Module, device: torch.device, read: Read | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, patience_seconds: float = 1800, read: Read | None = None
+    ) -> None:
         """Shares out a model that every worker has whole, or, with `read`, one that is empty, which world rank 0 reads.
 
-        Layers, embeddings and head are shared; weights of other modules, which are few, stay whole. A collective call.
+        Layers, embeddings and head are shared; weights of other modules, which are few, stay whole. A worker waits
+        `patience_seconds` for the others. A collective call.
         """
-        self._group = dist.new_group()
+        self._group = dist.new_group(timeout=timedelta(seconds=patience_seconds))
         self._live: dict[int, tuple[torch.Tensor, Any]] = {}
         self._units: list[_Unit] = []
         self._stacks: list[ExitStack] = []
         self._modules: list[tuple[int, Any]] = []
         made: dict[nn.Parameter, nn.Parameter] = {}
         numbers: dict[nn.Parameter, int] = {}
-        for module, weights, is_layer in list(_blocks(model)):
-            own = [weight for weight in weights if weight not in numbers]
-            if own:
-                self._units.append(_unit(own, made, device, read, is_layer))
-                numbers |= dict.fromkeys(own, len(self._units) - 1)
-            self._hook(module, numbers[weights[0]])
+        for module, weights, is_layer in list(blocks(model)):
+            if not numbers.keys() & set(weights):
+                self._units.append(_unit(weights, made, device, read, is_layer))
+                numbers |= dict.fromkeys(weights, len(self._units) - 1)
+            # A head that shares its weight with the embeddings; a bias of its own stays whole.
+            (number,) = {numbers[weight] for weight in weights if weight in numbers}
+            self._hook(module, number)
         for module in model.modules():
             for name, weight in module._parameters.items():
                 if weight is not None and read is not None and weight not in made:
@@ -106,7 +111,7 @@ class Shards:
     def _pack(self, number: int, tensor: torch.Tensor) -> Any:
         buffer, _ = self._live[number]
         if tensor.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
-            return tensor
+            return tensor.detach()  # the tensor itself would hold the node that saves it
         return number, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -147,14 +152,17 @@ def _is_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _blocks(model: Any) -> Iterator[tuple[nn.Module, list[nn.Parameter], bool]]:
+def blocks(model: Any) -> Iterator[tuple[nn.Module, list[nn.Parameter], bool]]:
     """What is gathered at once, in the order of the forward pass: modules with their frozen weights, and whether layers."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     dtype = next(model.parameters()).dtype
+    ends = [embeddings, head]
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        ends = []  # Gemma 4 reads a row of its embeddings itself
     for module in (embeddings, *decoder_layers(model), head):
         is_layer = module is not embeddings and module is not head
         weights = [each for each in module.parameters(recurse=is_layer) if not each.requires_grad and each.dtype == dtype]
-        if weights:
+        if weights and (is_layer or module in ends):
             yield module, weights, is_layer
 
 
@@ -178,6 +186,7 @@ def _unit(
             values = weight.detach() if read is None else read(weight)
             whole[start : start + weight.numel()] = values.reshape(-1)
         made[weight] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        made[weight].ds_shape = weight.shape  # type: ignore[attr-defined]  # where PEFT looks for the shape of what is empty
     if read is None:
         part.copy_(whole[size * dist.get_rank() : size * (dist.get_rank() + 1)])
     else:

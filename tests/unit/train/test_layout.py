@@ -8,12 +8,36 @@ from transformers import GemmaConfig, LlamaConfig, Qwen3MoeConfig
 
 from burnish.errors import RecipeError
 from burnish.train import footprint as measured
-from burnish.train.layout import LIVE_ELEMENTS, USABLE, Footprint, Layout, Sizes, choose, footprint
+from burnish.train.layout import USABLE, Footprint, Layout, Room, Sizes, choose, footprint
+from burnish.train.model import decoder_layers
+from burnish.train.shards import blocks
 
 GB = 10**9
-LLAMA_8B = Sizes(weights=16 * GB, trained=42_000_000, itemsize=2, tokens=8192, kept=49 * GB, recomputed=4 * GB)
+LLAMA_8B = Sizes(
+    weights=16 * GB,
+    trained=42_000_000,
+    itemsize=2,
+    tokens=8192,
+    kept=49 * GB,
+    recomputed=4 * GB,
+    shared=16 * GB,
+    live=2 * GB,
+)
 """Llama 3 8B with adapters of rank 16, about."""
 WHOLE_8B = replace(LLAMA_8B, trained=8 * GB)
+
+
+@pytest.fixture
+def open_recipe(make_recipe):
+    """A recipe that leaves its layout open, unless it is told otherwise."""
+
+    def make(**sections):
+        own = {"engine": {"zero_stage": "auto"}, "model": {"activation_checkpointing": "auto"}}
+        for name, keys in own.items():
+            sections[name] = keys | sections.get(name, {})
+        return make_recipe(**sections)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -30,30 +54,30 @@ WHOLE_8B = replace(LLAMA_8B, trained=8 * GB)
         (WHOLE_8B, 95 * GB, 2, Layout(3, True)),
     ],
 )
-def test_the_fastest_layout_that_fits_is_chosen(make_recipe, sizes, capacity, workers, chosen):
-    recipe = make_recipe(
+def test_the_fastest_layout_that_fits_is_chosen(open_recipe, sizes, capacity, workers, chosen):
+    recipe = open_recipe(
         lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 16}, scale={"num_workers": workers}
     )
-    layout, needed = choose(recipe, sizes, capacity, workers)
+    layout, needed = choose(recipe, sizes, Room(capacity, 500 * GB), workers)
     assert layout == chosen
     assert needed == footprint(sizes, chosen, workers, False) and needed.total <= USABLE * capacity
     decided = layout.of(recipe)
     assert (decided.engine.stage(), decided.model.recomputes()) == (chosen.zero_stage, chosen.activation_checkpointing)
-    assert recipe == make_recipe(
+    assert recipe == open_recipe(
         lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 16}, scale={"num_workers": workers}
     )
 
 
-def test_what_a_recipe_says_is_kept(make_recipe):
-    recipe = make_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": True})
-    assert choose(recipe, LLAMA_8B, 141 * GB, 2)[0] == Layout(0, True)
+def test_what_a_recipe_says_is_kept(open_recipe):
+    recipe = open_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": True})
+    assert choose(recipe, LLAMA_8B, Room(141 * GB), 2)[0] == Layout(0, True)
     with pytest.raises(RecipeError, match=r"Write engine.zero_stage: auto and model.activation_checkpointing: auto"):
-        choose(make_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": False}), LLAMA_8B, 60 * GB, 2)
+        choose(open_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": False}), LLAMA_8B, Room(60 * GB), 2)
 
 
-def test_a_layout_that_just_fits_is_tried(make_recipe):
+def test_a_layout_that_just_fits_is_tried(open_recipe):
     needed = footprint(LLAMA_8B, Layout(2, True), 1, False).total
-    assert choose(make_recipe(engine={"zero_stage": "auto"}), LLAMA_8B, needed, 1)[0] == Layout(2, True)
+    assert choose(open_recipe(engine={"zero_stage": "auto"}), LLAMA_8B, Room(needed), 1)[0] == Layout(2, True)
 
 
 @pytest.mark.parametrize(
@@ -65,27 +89,49 @@ def test_a_layout_that_just_fits_is_tried(make_recipe):
         ({"lora": {"rank": 16}}, replace(LLAMA_8B, kept=9**15, recomputed=9**14), GB, "Take a smaller model"),
         (
             {"model": {"dtype": "float32"}},
-            Sizes(32 * GB, 10**6, 4, 8192, 9 * GB, 9 * GB),
+            Sizes(32 * GB, 10**6, 4, 8192, 9 * GB, 9 * GB, 32 * GB, GB),
             40 * GB,
             r"model\.dtype: bfloat16$",
         ),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_with_what_would(make_recipe, sections, sizes, capacity, advice):
-    recipe = make_recipe(**{"engine": {"zero_stage": "auto"}, "data": {"max_length": 8192}, **sections})
+def test_a_model_that_does_not_fit_is_refused_with_what_would(open_recipe, sections, sizes, capacity, advice):
+    recipe = open_recipe(**{"engine": {"zero_stage": "auto"}, "data": {"max_length": 8192}, **sections})
     with pytest.raises(RecipeError, match=rf"does not fit: each of 1 workers has .* GB and needs at least .*{advice}"):
-        choose(recipe, sizes, capacity, 1)
+        choose(recipe, sizes, Room(capacity, 500 * GB), 1)
+
+
+def test_offloading_saves_nothing_where_the_device_is_the_host(open_recipe):
+    open_layout = {"engine": {"zero_stage": "auto", "offload": "optimizer"}}
+    whole = footprint(WHOLE_8B, Layout(2, False), 1, False)
+    assert choose(open_recipe(**open_layout), WHOLE_8B, Room(200 * GB), 1)[1].optimizer == whole.optimizer > 0
+    assert choose(open_recipe(**open_layout), WHOLE_8B, Room(200 * GB, 200 * GB), 1)[1].optimizer == 0
+    with pytest.raises(RecipeError, match=r"does not fit: (?!.*offload).*num_workers"):
+        choose(open_recipe(engine={"zero_stage": "auto"}), WHOLE_8B, Room(80 * GB), 1)
+    with pytest.raises(
+        RecipeError, match=r"engine.offload: the optimizer's state does not fit: .* 90.00 GB .* needs 96.00 GB"
+    ):
+        choose(open_recipe(**open_layout), WHOLE_8B, Room(200 * GB, 90 * GB), 1)
+
+
+def test_a_run_that_may_shrink_must_fit_on_the_fewest_workers(open_recipe, monkeypatch):
+    monkeypatch.setattr(measured, "measure", lambda recipe: WHOLE_8B)
+    recipe = open_recipe(engine={"zero_stage": "auto"}, train={"global_batch_size": 8}, scale={"num_workers": [1, 8]})
+    with pytest.raises(RecipeError, match="each of 1 workers"):
+        measured.lay_out(recipe, Room(80 * GB), 8)
+    fixed = open_recipe(engine={"zero_stage": "auto"}, train={"global_batch_size": 8}, scale={"num_workers": 8})
+    assert measured.lay_out(fixed, Room(80 * GB), 8)[0].engine.stage() == 3
 
 
 def test_bytes_are_those_of_the_paper():
     """ZeRO, arXiv 1910.02054, figure 1: 16 bytes a weight in 16 bits on one device, and what of it 64 devices share."""
-    sizes = Sizes(weights=2 * 75 * GB // 10, trained=75 * GB // 10, itemsize=2, tokens=1, kept=0, recomputed=0)
+    weights = 2 * 75 * GB // 10
+    sizes = Sizes(weights, trained=75 * GB // 10, itemsize=2, tokens=1, kept=0, recomputed=0, shared=weights, live=0)
 
     def states(stage: int) -> float:
         needed = footprint(sizes, Layout(stage, False), 64, False)
-        bucket = 2 * 10**8 if stage >= 2 else 0
-        whole = LIVE_ELEMENTS * 2 if stage == 3 else 0
-        return (needed.weights - whole + needed.gradients - bucket + needed.optimizer) / GB
+        bucket = 2 * 10**8 if stage else 0
+        return (needed.weights + needed.gradients - bucket + needed.optimizer) / GB
 
     assert [round(states(stage), 1) for stage in (0, 1, 2, 3)] == [120.0, 31.4, 16.6, 1.9]
     assert footprint(sizes, Layout(2, False), 64, True).optimizer == 0
@@ -95,6 +141,11 @@ def test_a_footprint_says_what_it_is_made_of():
     assert str(Footprint(2 * GB, GB, 3 * GB, GB // 2)) == (
         "6.50 GB (weights 2.00, gradients 1.00, optimizer 3.00, activations 0.50)"
     )
+
+
+def frozen_apart(model, weight) -> bool:
+    """Whether a weight stays whole on every worker beside adapters: what is trained, and the last norm."""
+    return weight.requires_grad or weight is model.get_decoder().norm.weight
 
 
 @pytest.mark.parametrize(
@@ -127,6 +178,7 @@ def test_sizes_are_those_of_the_model_itself(make_recipe, tmp_path, config, lora
     sizes = measured.measure(recipe)
     assert sizes.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert sizes.weights == sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
+    assert sizes.shared == sum(weight.nbytes for weight in model.parameters() if not lora or not frozen_apart(model, weight))
     assert sizes.kept > sizes.recomputed > 512 * 64 * 2 * 4, "at least what goes into each layer is kept"
     longer = measured.measure(
         make_recipe(model={"path": str(tmp_path), "dtype": "bfloat16"}, lora=lora, data={"max_length": 1024})
@@ -134,11 +186,32 @@ def test_sizes_are_those_of_the_model_itself(make_recipe, tmp_path, config, lora
     assert longer.kept == pytest.approx(2 * sizes.kept, rel=0.1)
 
 
-def test_a_model_that_cannot_be_measured_is_laid_out_cautiously(make_recipe, monkeypatch, caplog):
+def test_the_layers_are_those_of_the_text_where_a_tower_of_vision_comes_first(open_recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    assert len(decoder_layers(model)) == 3 and type(decoder_layers(model)[0]).__name__ == "Gemma3DecoderLayer"
+    model.requires_grad_(False)
+    shared = {weight for _, weights, _ in blocks(model) for weight in weights}
+    assert {weight for layer in model.get_decoder().layers for weight in layer.parameters()} < shared
+    assert not shared & set(model.model.vision_tower.parameters())
+
+
+def test_a_model_that_cannot_be_measured_is_laid_out_cautiously(open_recipe, monkeypatch, caplog):
     def broken(recipe):
         raise NotImplementedError("an operation without shapes")
 
     monkeypatch.setattr(measured, "measure", broken)
-    recipe, needed = measured.lay_out(make_recipe(engine={"zero_stage": "auto"}), 10 * GB, 2)
+    recipe, needed = measured.lay_out(open_recipe(engine={"zero_stage": "auto"}), Room(10 * GB), 2)
     assert needed is None and recipe.engine.stage() == 3 and recipe.model.recomputes() is torch.cuda.is_available()
     assert "an operation without shapes" in caplog.text
+    quantised = open_recipe(engine={"zero_stage": "auto"}, model={"quantize": "nf4"}, lora={"rank": 2})
+    assert measured.lay_out(quantised, Room(10 * GB), 2)[0].engine.stage() == 2

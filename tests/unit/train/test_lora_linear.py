@@ -60,6 +60,11 @@ def test_output_and_gradients_are_those_of_peft(dtype, tolerance, options, shape
         assert (found[1][name] - right).norm() <= tolerance * right.norm(), name
 
 
+def test_no_rows_give_none():
+    _, fused = models()
+    assert fused(torch.zeros(0, 24)).shape == (0, 16) and fused(torch.zeros(2, 0, 24)).shape == (2, 0, 16)
+
+
 def test_inputs_without_a_gradient_get_none():
     plain, fused = models()
     inputs = torch.randn(3, 24)

@@ -79,10 +79,12 @@ def test_its_weights_are_never_shared_out(make_recipe):
         scale={"num_workers": 4},
         model={"activation_checkpointing": "auto"},
     )
-    sizes = layout.Sizes(weights=10**10, trained=10**6, itemsize=2, tokens=64, kept=10**9, recomputed=10**8)
-    assert layout.choose(recipe, sizes, 11.5 * 10**9, 4)[0] == layout.Layout(2, True)
+    sizes = layout.Sizes(
+        weights=10**10, trained=10**6, itemsize=2, tokens=64, kept=10**9, recomputed=10**8, shared=10**10, live=10**9
+    )
+    assert layout.choose(recipe, sizes, layout.Room(11_500_000_000), 4)[0] == layout.Layout(2, True)
     with pytest.raises(RecipeError, match=r"needs at least 10\.\d+ GB.*Take a smaller model"):
-        layout.choose(recipe, sizes, 5 * 10**9, 4)
+        layout.choose(recipe, sizes, layout.Room(5 * 10**9), 4)
 
 
 @pytest.mark.parametrize(
