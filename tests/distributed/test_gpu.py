@@ -82,6 +82,75 @@ def test_a_step_is_the_plain_step_of_the_cpu(make_recipe, tmp_path, zero_stage, 
         assert (found - gradient).norm() < tolerance * gradient.norm()
 
 
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])
+def test_a_step_whose_optimizer_is_on_the_host_is_the_plain_step_of_the_cpu(make_recipe, tmp_path, zero_stage, lora):
+    sections = {"model": {"path": str(write_model(tmp_path / "model"))}, "lora": lora}
+    wanted = plain(make_recipe(**sections))
+    engine = {"zero_stage": zero_stage, "offload": "optimizer"}
+    _, losses, gradients = trained(make_recipe(**sections, engine=engine, scale={"use_gpu": True}), make_packs())
+    assert np.allclose(losses, wanted.losses, rtol=1e-5, atol=0)
+    for found, gradient in zip(gradients, wanted.gradients, strict=True):
+        assert (found - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_frozen_weights_that_are_gathered_by_layers_train_alike(make_recipe, tmp_path, recomputed):
+    from burnish.train.adapters import with_adapters
+    from burnish.train.lora_linear import fuse
+    from burnish.train.model import load_weights, recompute
+    from burnish.train.shards import Shards
+
+    folder = write_model(tmp_path / "model")
+    recipe = make_recipe(model={"path": str(folder), "attention": "sdpa"}, lora={"rank": 4})
+    kernel, found = register("sdpa", cuda=True, half=False), []
+    for shares in (False, True):
+        torch.manual_seed(0)
+        made = with_adapters(load_weights(recipe, attn_implementation=kernel), recipe.lora)
+        shards = Shards(made, CUDA) if shares else None
+        fuse(made)
+        if recomputed:
+            recompute(made)
+            if shards is not None:
+                shards.recompute()
+        made.train().to(CUDA)
+        loss_of = Objective(made, CUDA)
+        for pack in [pack for packs in make_packs() for pack in packs]:
+            loss_of.loss_sum(pack.input_ids, pack.labels, pack.seq_lens).backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in made.parameters() if weight.requires_grad]))
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm() and found[0].norm() > 0
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 16}, {"rank": 16, "variant": "dora"}])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_memory_of_a_step_is_known_within_a_fifth(make_recipe, tmp_path, lora, recomputed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from burnish.train import engine as ds
+    from burnish.train.build import build_model
+    from burnish.train.footprint import measure
+    from burnish.train.layout import Layout, footprint
+
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=32000, num_hidden_layers=8, **shape)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    recipe = make_recipe(
+        model={"path": str(tmp_path / "model"), "dtype": "bfloat16", "activation_checkpointing": recomputed}, lora=lora,
+        data={"max_length": 4096}, engine={"zero_stage": 2}, scale={"use_gpu": True},
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine = ds.build_engine(recipe, build_model(recipe, cuda=True), 1)
+    loss_of, row = Objective(engine, CUDA), np.random.default_rng(0).integers(0, 32000, 4096).astype(np.int32)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        ds.backward(engine, loss_of.loss_sum(row, row, np.array([2048, 2048], np.int32)), 4096, 1)
+        ds.step(engine)
+    seen = torch.cuda.max_memory_allocated() - before
+    said = footprint(measure(recipe), Layout(2, recomputed), 1, False).total
+    print(f"lora {lora}, recomputed {recomputed}: {seen >> 20} MiB seen, {said >> 20} said, {said / seen:.2f}")
+    assert 0.8 <= said / seen <= 1.2
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_a_checkpoint_of_a_gpu_goes_on_where_it_was(make_recipe, tmp_path, zero_stage, lora):
