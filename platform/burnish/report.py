@@ -103,7 +103,7 @@ def _layout(newest: dict[str, float]) -> str:
     if "engine/zero_stage" not in newest:
         return ""
     kept = "recomputed" if newest["engine/activation_checkpointing"] else "kept"
-    expected = f"{newest['engine/estimated_memory_gib']:.2f} GiB expected"
+    expected = f"{newest['engine/estimated_memory_gib']:.2f} GiB of tensors expected"
     return f"ZeRO-{newest['engine/zero_stage']:.0f}, activations {kept}, {expected}"
 
 

@@ -278,6 +278,24 @@ class Worker:
         assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
         return empty and all(not weight.numel() for name, weight in frozen if "model.norm" not in name), found
 
+    def agree(self, recipe: Recipe, odd: str) -> tuple[int, bool] | str:
+        """The layout that this worker trains with, where the last one can tell nothing, or has no room."""
+        from burnish.errors import RecipeError
+        from burnish.train import footprint
+
+        measure, room_of = footprint.measure, footprint.room_of
+        try:
+            if self.rank == self.world - 1 and odd == "unknown":
+                footprint.measure = lambda recipe: 1 / 0
+            if self.rank == self.world - 1 and odd == "full":
+                footprint.room_of = lambda *_: footprint.Room(1000)
+            decided, _ = footprint.agree(recipe, False, self.world)
+            return decided.engine.stage(), decided.model.recomputes()
+        except RecipeError as error:
+            return str(error)
+        finally:
+            footprint.measure, footprint.room_of = measure, room_of
+
     def leak(self, recipe: Recipe) -> str:
         """The verdict on this worker where only the last one's borders are wrong."""
         from burnish.errors import TrainingError
@@ -576,6 +594,14 @@ def test_files_that_hold_more_than_the_model_are_left_to_transformers(gang, make
     recipe = make_recipe(model={"path": str(folder)}, scale={"num_workers": 2}, engine={"zero_stage": 3})
     for _, shared, weights in gang(2, "loading", recipe):
         assert not shared and all(torch.equal(weights[name], right[name]) for name in right)
+
+
+def test_all_workers_lay_out_a_run_alike(gang, make_recipe):
+    recipe = make_recipe(scale={"num_workers": 2}, engine={"zero_stage": "auto"}, model={"activation_checkpointing": "auto"})
+    assert gang(2, "agree", recipe, "nothing") == [(2, False)] * 2
+    assert gang(2, "agree", recipe, "unknown") == [(3, False)] * 2, "as the one that can tell nothing"
+    found = gang(2, "agree", recipe, "full")
+    assert found[0] == found[1] and "does not fit: each of 2 workers has 0.00 GB" in found[0]
 
 
 def test_a_leak_on_one_worker_ends_all_of_them(gang, make_recipe):

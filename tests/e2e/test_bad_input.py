@@ -144,6 +144,21 @@ def test_more_workers_than_the_cluster_can_place(cluster, command):
     assert code == 2 and "this cluster has 6" in said and "scale.num_workers: 5" in said, said
 
 
+def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, capsys, make_recipe, tmp_path):
+    code, said = command("data.max_length=20000000")
+    words = "does not fit: each of 1 workers has "
+    assert code == 2 and words in said and "with packs of 20,000,000 tokens. Write " in said, said
+    assert not (tmp_path / "runs" / "small" / "ledger.jsonl").exists(), "nothing was trained"
+    path = tmp_path / "recipe.yaml"
+    assert main(["plan", str(path), "data.max_length=20000000", "--json"]) == 2
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
+    assert words in captured.err and words in plan["misfit"] and plan["memory"] is plan["seconds"] is None
+    assert plan["rows"] == 40, "what can be counted is"
+    assert main(["plan", str(path), "data.max_length=20000000"]) == 2
+    assert "memory a worker" in (shown := capsys.readouterr().out) and "does not fit" in shown
+
+
 def test_a_changed_recipe_under_an_old_name(command, make_recipe, tmp_path):
     run = tmp_path / "runs" / "small"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)

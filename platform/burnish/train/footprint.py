@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +33,32 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 """Where a container's limit stands (Linux control groups, version 2 and 1)."""
 
 logger = logging.getLogger(__name__)
+
+
+def agree(recipe: Recipe, cuda: bool, local_workers: int) -> tuple[Recipe, Footprint | None]:
+    """The recipe with its layout decided, for the worker that has least room; the same on all of them. A collective call.
+
+    Raises RecipeError on every worker where the run does not fit.
+    """
+    device = torch.device("cuda" if cuda else "cpu")
+    own = room_of(cuda, local_workers)
+    least = torch.tensor([own.device, own.host or 0], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    room = Room(int(least[0]), None if own.host is None else int(least[1]))
+    refusal: RecipeError | None = None
+    decided, needed = recipe, None
+    try:
+        decided, needed = lay_out(recipe, room, dist.get_world_size())
+    except RecipeError as error:
+        refusal = error
+    # A worker that could not tell takes a more frugal layout than the others, which then take it, too.
+    known = [0, 0] if refusal else [decided.engine.stage(), int(decided.model.recomputes())]
+    most = torch.tensor([int(refusal is not None), *known], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    refused, stage, recomputes = most.tolist()
+    if refused:
+        raise refusal or RecipeError(f"model.path: {recipe.model.path} does not fit on another worker")
+    return Layout(stage, bool(recomputes)).of(recipe), needed
 
 
 def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footprint | None]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from burnish.config import Recipe
 from burnish.data.stages import Teller
-from burnish.errors import DataError, RecipeError, TrainingError
+from burnish.errors import DataError, TrainingError
 from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
@@ -23,9 +23,9 @@ from burnish.train.batches import Batch, batches
 from burnish.train.build import build_model
 from burnish.train.evaluation import evaluate, generate, has_learned
 from burnish.train.failure import check_loss, check_tokens, memory_advice
-from burnish.train.footprint import lay_out, room_of
+from burnish.train.footprint import agree
 from burnish.train.home import Home
-from burnish.train.layout import Footprint, Layout, Room
+from burnish.train.layout import Footprint
 from burnish.train.model import pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
@@ -49,7 +49,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def _train(attempt: Attempt, home: Home) -> None:
     num_workers = dist.get_world_size()
-    recipe, needed = agree(attempt.recipe, attempt.cuda)
+    recipe, needed = agree(attempt.recipe, attempt.cuda, ray.train.get_context().get_local_world_size())
     attempt = replace(attempt, recipe=recipe)
     share = recipe.train.global_batch_size // num_workers
     # The data tasks start while the model loads.
@@ -103,32 +103,6 @@ def _train(attempt: Attempt, home: Home) -> None:
     saver.finish(progress, measured)
     if records:
         records.close()
-
-
-def agree(recipe: Recipe, cuda: bool) -> tuple[Recipe, Footprint | None]:
-    """The recipe with its layout decided, for the worker that has least room; the same on all of them. A collective call.
-
-    Raises RecipeError on every worker where the run does not fit.
-    """
-    device = torch.device("cuda" if cuda else "cpu")
-    own = room_of(cuda, ray.train.get_context().get_local_world_size())
-    least = torch.tensor([own.device, own.host or 0], device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    room = Room(int(least[0]), None if own.host is None else int(least[1]))
-    refusal: RecipeError | None = None
-    decided, needed = recipe, None
-    try:
-        decided, needed = lay_out(recipe, room, dist.get_world_size())
-    except RecipeError as error:
-        refusal = error
-    # A worker that could not tell takes a more frugal layout than the others, which then take it, too.
-    known = [0, 0] if refusal else [decided.engine.stage(), int(decided.model.recomputes())]
-    most = torch.tensor([int(refusal is not None), *known], device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    refused, stage, recomputes = most.tolist()
-    if refused:
-        raise refusal or RecipeError(f"model.path: {recipe.model.path} does not fit on another worker")
-    return Layout(stage, bool(recomputes)).of(recipe), needed
 
 
 def told(recipe: Recipe, needed: Footprint) -> dict[str, float]:
