@@ -102,6 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="run folder, for example runs/quickstart")
     report.set_defaults(verb=_report)
 
+    scores = verbs.add_parser(
+        "score",
+        help="Score an exported model on lm-eval's tasks.",
+        description="Score an exported model on tasks of lm-eval, asked through the template that was trained.",
+    )
+    scores.add_argument("run", type=Path, help="run folder with an export, or exported folder")
+    scores.add_argument("--tasks", required=True, metavar="TASK,TASK", help="tasks of lm-eval, for example ifeval,gsm8k")
+    scores.add_argument("--limit", type=_count, metavar="N", help="only the first N questions of each task")
+    scores.add_argument(
+        "--include", type=Path, metavar="FOLDER", help="folder with tasks of your own, as lm-eval writes them"
+    )
+    scores.set_defaults(verb=_score)
+
     chat = verbs.add_parser("chat", help="Talk to a model.", description="Talk to a model.")
     chat.add_argument("model", help="exported folder, or run folder with an export")
     chat.add_argument("--message", action="append", help="ask this and exit; may be given several times")
@@ -213,6 +226,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from burnish.report import report_of
 
     print(report_of(arguments.run))
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from burnish.scores import score
+
+    with _libraries():
+        found = score(arguments.run, arguments.tasks.split(","), arguments.limit, arguments.include)
+    print(json.dumps(found))
     return 0
 
 

@@ -121,6 +121,14 @@ def add_table(recipe: Recipe, run_id: str | None, name: str, rows: list[dict[str
             _client(recipe.tracking.uri).log_table(run_id, columns, name)
 
 
+def add_scores(recipe: Recipe, run_id: str, scores: dict[str, float]) -> None:
+    """Adds metrics that belong to no step."""
+    if recipe.tracking.uri is not None:
+        with forgiving("sending scores"):
+            for name, value in scores.items():
+                _client(recipe.tracking.uri).log_metric(run_id, name, value)
+
+
 def register(recipe: Recipe, run_id: str, folder: Path, name: str, alias: str, place: str) -> str:
     """The version of a registered model that holds a folder, sent below `place` of the run's artifacts; the alias names it.
 

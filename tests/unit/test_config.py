@@ -25,7 +25,7 @@ SMALL = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a.jso
         ({"optim": {"learning_rate": "fast"}}, "t.yaml: optim.learning_rate: Input should be a valid number, unable to "
          "parse string as a number (found 'fast')"),
         ({"model": {}}, "t.yaml: model.path: is required and missing"),
-        ({"engine": {"zero_stage": 4}}, "t.yaml: engine.zero_stage: Input should be 0, 1, 2 or 3 (found 4)"),
+        ({"engine": {"zero_stage": 4}}, "t.yaml: engine.zero_stage: Input should be 'auto', 0, 1, 2 or 3 (found 4)"),
         ({"name": "My Run"}, "t.yaml: name: must be lower-case letters, digits and dashes, start with a letter, and have "
          "at most 47 characters (found 'My Run')"),
         ({"train": {"global_batch_size": 7}, "scale": {"num_workers": 2}},
@@ -98,6 +98,7 @@ def test_differences_are_dotted_paths():
         "train.epochs",
         "lora.rank",
         "lora.alpha",
+        "lora.train_tokens",
         "lora.dropout",
         "lora.target_modules",
         "lora.variant",

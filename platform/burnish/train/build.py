@@ -55,7 +55,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
         dropout=attention_dropout(text),
     )
     shares = recipe.engine.stage() == 3 and num_workers > 1
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda and shares else torch.device("cpu")
     model, shards = _shared_out(recipe, kernel, num_workers, trained, device) if shares else (None, None)
     whole = model is None
     if model is None:
