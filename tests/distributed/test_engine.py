@@ -203,7 +203,7 @@ class Worker:
         return found
 
     def losses(self, recipe: Recipe, folder: str, resumes: bool) -> list[float]:
-        """Losses of three of the loop's own steps, or of the third from a checkpoint of the first two."""
+        """Loss and gradient norm of three of the loop's own steps, or of the third from a checkpoint of the first two."""
         from burnish.train import checkpoint, loop, worker, writer
         from burnish.train import engine as ds
         from burnish.train.build import build_model
@@ -229,7 +229,7 @@ class Worker:
             meta = StepMeta(names, tokens, trained, step / 4, Cursor(), (), 1, 1.0)
             share = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
             metrics, _ = loop.train_step(own, Batch(share, meta, 0.0), step)
-            found.append(metrics["train/loss"])
+            found += [metrics["train/loss"], metrics["train/grad_norm"]]
             if step == 2:
                 writer.write_files(saved, state.snapshot({})())
                 torch.distributed.barrier()
@@ -259,12 +259,15 @@ class Worker:
         """Whether the frozen matrices of a model have no values, and those that each layer, embeddings and head compute with."""
         from burnish.train.model import decoder_layers
         from burnish.train.objective import packed_inputs
+        from burnish.train.shards import Shards
 
+        shards = [each for each in gc.get_objects() if isinstance(each, Shards)]
         frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
         empty = all(not weight.numel() for name, weight in frozen if "model.norm" not in name)
         found: dict[str, torch.Tensor] = {}
 
         def look(module, inputs) -> None:
+            assert all(len(each._live) <= 2 for each in shards), "a layer, and the next one"
             for name, weight in frozen:
                 if weight.numel() and any(weight is each for each in module.parameters()):
                     plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -550,8 +553,8 @@ def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers
     for world in (1, 2, 4):
         found = losses(world, 0.5)
         assert found == pytest.approx(alone, rel=1e-5, abs=0)
-        assert losses(world, 0.5, resumes=True) == found[2:], "bit for bit"
-    assert losses(1, 0.0)[1:] != pytest.approx(alone[1:], rel=1e-4, abs=0), "dropout changes what is compared"
+        assert losses(world, 0.5, resumes=True) == found[4:], "bit for bit"
+    assert losses(1, 0.0)[2:] != pytest.approx(alone[2:], rel=1e-4, abs=0), "dropout changes what is compared"
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
