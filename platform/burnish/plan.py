@@ -4,7 +4,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from burnish.errors import RecipeError, one_line
 from burnish.train.cluster import connected, role_labels
 from burnish.train.footprint import lay_out
 from burnish.train.layout import Room
-from burnish.train.prepare import prepare
+from burnish.train.prepare import Prepared, prepare
 from burnish.train.rehearsal import Rehearsal, rehearse
 
 logger = logging.getLogger(__name__)
@@ -41,56 +41,73 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     Raises what `prepare` raises.
     """
     prepared = prepare(recipe)
-    one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
-    codes: Counter[str] = Counter()
-    rows = samples = packs = tokens = trained = steps = 0
-    balanced = 0.0
-    flops = 0.0
     with connected(recipe.widths()[0]):
         tried, misfit = _rehearse(recipe)
-        rendering, rounds, labels = prepared.rendering(), prepared.rounds(), role_labels(recipe, "data")
+        rendering, labels = prepared.rendering(), role_labels(recipe, "data")
         found = survey.survey(recipe, prepared.train, prepared.decontaminate or prepared.eval, rendering, labels)
-        windows = order.train_slices(one_epoch, found.kept(), Cursor())
-        stages = Stages()
-        stream = pipeline.stream(windows, rendering, rounds, recipe.widths()[0], Cursor(), stages)
-        stream.context.execution_options.preserve_order = True
-        stream.context.execution_options.label_selector = labels
-        shares = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow"))
-        for number, block in enumerate(Patience(recipe.scale.stall_seconds, stages).each(shares)):
-            lengths = np.asarray(block.column("seq_lens").combine_chunks().flatten())
-            samples += len(lengths)
-            flops += float(rounds.cost.of(lengths, np.array([0, len(lengths)])).sum())
-            if number % recipe.widths()[0]:
-                continue  # the same steps as another worker meets them
-            for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // recipe.widths()[0]):
-                codes.update(refusal["code"] for refusal in meta.refused)
-                rows += meta.rows
-                packs += len(meta.packs)
-                tokens += meta.tokens
-                trained += meta.trained_tokens
-                steps += bool(meta.packs)
-                balanced += meta.balance * meta.tokens
-    balance = balanced / tokens if tokens else 1.0
-    total_steps = -(-packs * recipe.train.epochs // recipe.train.global_batch_size)
-    num_steps = min(total_steps, recipe.train.max_steps or total_steps)
+        epoch = _count(recipe, prepared, found)
+    balance = epoch.balanced / epoch.tokens if epoch.tokens else 1.0
+    total_steps = -(-epoch.packs * recipe.train.epochs // recipe.train.global_batch_size)
+    steps = min(total_steps, recipe.train.max_steps or total_steps)
     rate = tried and tried.flops_per_second
     return {
-        "rows": rows,
-        "refused": dict(codes),
-        "samples": samples,
-        "packs": packs,
-        "packing_efficiency": tokens / max(1, packs * recipe.data.max_length),
-        "total_tokens": tokens,
-        "trained_tokens": trained,
-        "steps_per_epoch": steps,
-        "steps": num_steps,
-        "tokens_per_step": tokens / max(1, steps),
+        "rows": epoch.rows,
+        "refused": dict(epoch.codes),
+        "samples": epoch.samples,
+        "packs": epoch.packs,
+        "packing_efficiency": epoch.tokens / max(1, epoch.packs * recipe.data.max_length),
+        "total_tokens": epoch.tokens,
+        "trained_tokens": epoch.trained,
+        "steps_per_epoch": epoch.steps,
+        "steps": steps,
+        "tokens_per_step": epoch.tokens / max(1, epoch.steps),
         "balance": balance,
         "quality": quality_of(found, recipe),
         "misfit": misfit,
         "memory": tried and _memory(tried),
-        "seconds": rate and flops * num_steps / max(1, steps) / (rate * recipe.widths()[0] * balance),
+        "seconds": rate and epoch.flops * steps / max(1, epoch.steps) / (rate * recipe.widths()[0] * balance),
     }
+
+
+@dataclass
+class _Epoch:
+    """What one epoch has. `balanced` is the balance of each step weighed by its tokens, `flops` are of all samples."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    samples: int = 0
+    packs: int = 0
+    tokens: int = 0
+    trained: int = 0
+    steps: int = 0
+    balanced: float = 0.0
+    flops: float = 0.0
+
+
+def _count(recipe: Recipe, prepared: Prepared, found: survey.Survey) -> _Epoch:
+    """Streams one epoch as training does."""
+    one_epoch = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    windows, rounds, width = order.train_slices(one_epoch, found.kept(), Cursor()), prepared.rounds(), recipe.widths()[0]
+    stages, epoch = Stages(), _Epoch()
+    stream = pipeline.stream(windows, prepared.rendering(), rounds, width, Cursor(), stages)
+    stream.context.execution_options.preserve_order = True
+    stream.context.execution_options.label_selector = role_labels(recipe, "data")
+    shares = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow"))
+    for number, block in enumerate(Patience(recipe.scale.stall_seconds, stages).each(shares)):
+        lengths = np.asarray(block.column("seq_lens").combine_chunks().flatten())
+        epoch.samples += len(lengths)
+        epoch.flops += float(rounds.cost.of(lengths, np.array([0, len(lengths)])).sum())
+        if number % width:
+            continue  # the same steps as another worker meets them
+        for meta, _ in pipeline.steps_of(block, recipe.train.global_batch_size // width):
+            epoch.codes.update(refusal["code"] for refusal in meta.refused)
+            epoch.rows += meta.rows
+            epoch.packs += len(meta.packs)
+            epoch.tokens += meta.tokens
+            epoch.trained += meta.trained_tokens
+            epoch.steps += bool(meta.packs)
+            epoch.balanced += meta.balance * meta.tokens
+    return epoch
 
 
 def quality_of(found: survey.Survey, recipe: Recipe) -> dict[str, dict[str, Any]]:
