@@ -145,12 +145,17 @@ def _rehearse(recipe: Recipe) -> tuple[Rehearsal | None, str | None]:
     try:
         if has or not cuda:
             given = (recipe.located(), cuda, num_workers, min(num_workers, places))
-            return ray.get(task.remote(*given), timeout=_PATIENCE_SECONDS), None
+            trial = task.remote(*given)
+            done, _ = ray.wait([trial], timeout=_PATIENCE_SECONDS)
+            if done:
+                return ray.get(trial), None
+            ray.cancel(trial, force=True)
+            logger.warning("the run was not tried on a device: none was free for %.0f s", _PATIENCE_SECONDS)
     except ray.exceptions.RayTaskError as error:
         if not isinstance(error.cause, RecipeError):
             raise
         return None, str(error.cause)
-    except ray.exceptions.RayError as error:  # every device is taken, or the task was lost
+    except ray.exceptions.RayError as error:
         logger.warning("the run was not tried on a device: %s", one_line(error))
     return Rehearsal("no device here", None, *lay_out(recipe, Room(sys.maxsize), num_workers), None), None
 

@@ -33,8 +33,8 @@ class ModelSpec(Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights in training."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Format in which the frozen linear layers are kept in training, the head apart; needs adapters and bitsandbytes. null
-    keeps them in dtype. What is exported stands on the base as its files have it."""
+    """Format in which the frozen linear layers are kept in training, the head apart; needs adapters and bitsandbytes. int8
+    rounds what goes into a layer too, token by token. What is exported stands on the base as its files have it."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else torch's own varlen kernel there,
     and sdpa by document elsewhere."""
@@ -106,9 +106,11 @@ class LoraSpec(Spec):
     @model_validator(mode="after")
     def a_row_is_trained_once(self) -> "LoraSpec":
         """Raises ValueError for tokens whose rows are trained already, with all others."""
-        whole = {"embed_tokens", "wte", "lm_head"} & {name.split(".")[-1] for name in self.modules_to_save}
-        if self.train_tokens and whole:
-            raise ValueError(f"train_tokens: {sorted(whole)[0]} is trained whole by modules_to_save; take one of them out")
+        targets = () if isinstance(self.target_modules, str) else self.target_modules
+        for key, names in (("modules_to_save", self.modules_to_save), ("target_modules", targets)):
+            ends = {"embed_tokens", "wte", "lm_head"} & {name.split(".")[-1] for name in names}
+            if self.train_tokens and ends:
+                raise ValueError(f"train_tokens: {sorted(ends)[0]} is trained by {key}; take one of them out")
         return self
 
 

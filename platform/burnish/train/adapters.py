@@ -8,10 +8,11 @@ from burnish.errors import RecipeError, one_line
 from burnish.sections import LoraSpec
 
 
-def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> None:
+def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]], quantize: str | None = None) -> None:
     """Raises RecipeError where a name of the recipe is that of no module of a model whose tensors have these shapes.
 
-    Nothing is checked where no tensor is a plain matrix, as in quantised files.
+    So it does for a linear layer to be trained whole that is kept in fewer bits. Nothing is checked where no tensor is a
+    plain matrix, as in quantised files.
     """
     matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     if not matrices:
@@ -22,7 +23,11 @@ def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]]) -> None:
             known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise RecipeError(f"lora.target_modules: the model has no {target!r}; write all-linear or some of {known}")
     modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
-    _check_saved(spec, modules, [name for name in linear if not _is_named(name, "lm_head")])
+    inner = [name for name in linear if not _is_named(name, "lm_head")]
+    _check_saved(spec, modules, inner)
+    for saved in spec.modules_to_save if quantize else ():
+        if any(_is_named(name, saved) for name in inner):
+            raise RecipeError(f"lora.modules_to_save: {saved!r} is kept in {quantize}, which cannot be trained; take it out")
 
 
 def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> Any:
@@ -39,6 +44,8 @@ def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> 
     head = model.get_output_embeddings()
     linear = [path for path, each in model.named_modules() if isinstance(each, torch.nn.Linear) and each is not head]
     _check_saved(spec, modules, linear)
+    if token_ids and getattr(head, "bias", None) is not None:  # PEFT would compute the head without it
+        raise RecipeError("lora.train_tokens: the head of this model has a bias; write lora.modules_to_save instead")
     # Whole paths: PEFT takes every module whose path ends with these letters, and passes over names that nothing has.
     saved = [path for path in modules if any(_is_named(path, name) for name in spec.modules_to_save)]
     lora = LoraConfig(
@@ -55,7 +62,7 @@ def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> 
     dtype = model.get_input_embeddings().weight.dtype
     try:
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
     for weight in adapted.parameters():  # those beside quantised weights, or none, would be in float32
         if weight.requires_grad:

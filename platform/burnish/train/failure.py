@@ -69,7 +69,7 @@ def memory_options(recipe: Recipe) -> str:
     options = []
     if recipe.model.activation_checkpointing is not True:
         options.append("model.activation_checkpointing: true")
-    if recipe.engine.zero_stage != 3:
+    if recipe.engine.zero_stage != 3 and recipe.model.quantize is None:
         options.append("engine.zero_stage: 3")
     if recipe.model.dtype == "float32":
         options.append("model.dtype: bfloat16")

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
-from burnish.errors import RecipeError, one_line
+from burnish.errors import BurnishError, RecipeError, one_line
 from burnish.train.adapters import with_adapters
 from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose
 from burnish.train.model import configuration, recompute
@@ -70,7 +70,7 @@ def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footp
     """
     try:
         sizes = measure(recipe)
-    except RecipeError:
+    except BurnishError:
         raise
     except Exception as error:  # any code of any model runs here
         logger.warning("what %s needs in memory cannot be told: %s", recipe.model.path, one_line(error))

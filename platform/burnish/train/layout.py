@@ -157,6 +157,8 @@ def _fitting(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> Iter
     own = _open(recipe, num_workers)
     if fits(every) and own != every and recipe.model.quantize is None:
         yield "engine.zero_stage: auto and model.activation_checkpointing: auto"
+    if recipe.model.quantize and fits([Layout(2, True)]) and own != every:
+        yield "model.activation_checkpointing: auto"
     shardable = [layout for layout in own if layout.zero_stage >= 2]
     held = 12 * sizes.trained // num_workers
     if recipe.engine.offload == "none" and held <= USABLE * (room.host or 0) and fits(shardable, offloads=True):

@@ -37,7 +37,7 @@ def check_model(recipe: Recipe) -> None:
             raise RecipeError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder")
         _check_files(path)
         if recipe.lora is not None:
-            check_adapters(recipe.lora, shapes(path))
+            check_adapters(recipe.lora, shapes(path), recipe.model.quantize)
     config = text_configuration(recipe)
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:

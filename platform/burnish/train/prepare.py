@@ -20,7 +20,7 @@ from burnish.data.question import Question
 from burnish.data.rendered import Cache
 from burnish.data.slices import Index, Slice
 from burnish.data.template import Template
-from burnish.data.tokenizer import load_template
+from burnish.data.tokenizer import load_template, trained_token_ids
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.sections import SourceSpec
 from burnish.tracking import DELIVERED
@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
     """
     check_model(recipe)
     check_quantized(recipe)
+    _check_trained_tokens(recipe)
     template = load_template(recipe, _started_on(home or Home.of(recipe)))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
@@ -82,6 +83,16 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
     masks = {"rows": head.rows, "refused": dict(head.codes), "tokens": head.tokens, "trained_tokens": head.trained}
     contract = Contract.of(template, masks, head.digests)
     return Prepared(recipe, template, contract, train_index, eval_index, evaluation, questions)
+
+
+def _check_trained_tokens(recipe: Recipe) -> None:
+    """Raises DataError for a name that is no token, RecipeError for a token that the model has no row for."""
+    missing = [token for token in trained_token_ids(recipe) if token >= embedded_tokens(recipe)]
+    if missing:
+        raise RecipeError(
+            f"lora.train_tokens: the token {missing[0]} lies beyond the model's {embedded_tokens(recipe):,} embeddings; "
+            "take a model that was resized for this tokenizer"
+        )
 
 
 @dataclass

@@ -30,7 +30,8 @@ def loading(recipe: Recipe) -> dict[str, Any]:
         return {}
     check_quantized(recipe)
     if recipe.model.quantize == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        # By default columns are picked by the largest values of all rows, so that packed samples would touch each other.
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
     four = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -48,6 +49,7 @@ def saved_bytes(recipe: Recipe, model: Any) -> tuple[int, int]:
     if recipe.model.quantize is None:
         return 0, 0
     head = model.get_output_embeddings()
+    head = getattr(head, "original_module", head)  # PEFT's wrapper of one that is trained
     linear = [each.weight for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
     frozen = [weight for weight in linear if not weight.requires_grad]
     saved = sum(weight.nbytes - int(weight.numel() * _BYTES[recipe.model.quantize]) for weight in frozen)

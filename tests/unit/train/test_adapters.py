@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import DataError, RecipeError
@@ -14,6 +14,7 @@ from burnish.train.build import build_model
 from burnish.train.footprint import measure
 from burnish.train.model import shapes
 from burnish.train.objective import Objective
+from burnish.train.prepare import prepare
 from tests.conftest import write_model
 
 
@@ -156,7 +157,31 @@ def test_rows_of_named_tokens_are_trained_and_no_others(make_recipe, tmp_path, t
 def test_a_token_that_is_none_is_refused(make_recipe):
     with pytest.raises(DataError, match=r"lora.train_tokens: '<\|nothing\|>' is \d+ tokens in this vocabulary"):
         trained_token_ids(make_recipe(lora={"train_tokens": ["<|nothing|>"]}))
-    with pytest.raises(
-        RecipeError, match=r"train_tokens: embed_tokens is trained whole by modules_to_save; take one of them out"
-    ):
+    with pytest.raises(RecipeError, match=r"train_tokens: embed_tokens is trained by modules_to_save; take one of them out"):
         make_recipe(lora={"train_tokens": ["a"], "modules_to_save": ["embed_tokens"]})
+    with pytest.raises(RecipeError, match=r"train_tokens: lm_head is trained by target_modules; take one of them out"):
+        make_recipe(lora={"train_tokens": ["a"], "target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(DataError, match=r"lora.train_tokens: '<\|nothing\|>'"):
+        prepare(make_recipe(lora={"train_tokens": ["<|nothing|>"]}))
+
+
+def test_a_head_with_a_bias_is_no_place_for_trained_tokens(tmp_path):
+    config = PhiConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(RecipeError, match=r"train_tokens: the head of this model has a bias; write lora.modules_to_save"):
+        with_adapters(AutoModelForCausalLM.from_config(config), LoraSpec(rank=2), (5,))
+
+
+def test_a_token_beyond_the_embeddings_is_refused(make_recipe, monkeypatch):
+    from burnish.train import prepare as module
+
+    monkeypatch.setattr(module, "embedded_tokens", lambda recipe: 3)
+    with pytest.raises(RecipeError, match=r"lies beyond the model's 3 embeddings; take a model that was resized"):
+        prepare(make_recipe(lora={"train_tokens": ["a"]}))
+
+
+def test_what_is_kept_in_fewer_bits_is_not_trained_whole(model_folder):
+    spec = LoraSpec(target_modules=("q_proj",), modules_to_save=("o_proj",))
+    check_adapters(spec, shapes(model_folder))
+    with pytest.raises(RecipeError, match=r"modules_to_save: 'o_proj' is kept in nf4, which cannot be trained; take it out"):
+        check_adapters(spec, shapes(model_folder), "nf4")
+    check_adapters(LoraSpec(target_modules=("q_proj",), modules_to_save=("lm_head", "norm")), shapes(model_folder), "nf4")

@@ -12,6 +12,7 @@ from burnish.data.packing import IGNORE_INDEX
 from burnish.errors import RecipeError
 from burnish.train import layout
 from burnish.train.build import build_model
+from burnish.train.failure import memory_options
 from burnish.train.footprint import measure
 from burnish.train.objective import Objective
 from burnish.train.prepare import prepare
@@ -116,3 +117,13 @@ def test_without_its_library_nothing_starts(make_recipe, monkeypatch):
         RecipeError, match=r"model\.quantize: int8 needs bitsandbytes, which is not installed; write pip install"
     ):
         prepare(recipe_of(make_recipe, "int8"))
+
+
+def test_advice_is_what_a_quantised_run_can_follow(make_recipe):
+    recipe = recipe_of(make_recipe, "nf4", engine={"zero_stage": "auto"}, model={"activation_checkpointing": False})
+    assert "zero_stage" not in memory_options(recipe)
+    sizes = layout.Sizes(
+        weights=10**9, trained=10**6, itemsize=2, tokens=64, kept=10**11, recomputed=10**8, shared=0, live=0
+    )
+    with pytest.raises(RecipeError, match=r"Write model.activation_checkpointing: auto"):
+        layout.choose(recipe, sizes, layout.Room(4 * 10**9), 1)
