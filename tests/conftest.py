@@ -33,6 +33,7 @@ from burnish.train.ledger import lines
 ROOT = Path(__file__).resolve().parent.parent
 _BESIDE = (
     "tests/distributed/test_engine.py",
+    "tests/distributed/test_footprint.py",
     "tests/e2e/test_verify.py",
     "tests/e2e/test_jobs.py::test_a_sweep",
     "tests/e2e/test_jobs.py::test_a_local_cluster",
