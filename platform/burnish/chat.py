@@ -37,10 +37,11 @@ class Chat:
         tokenizer: Any = _loaded(AutoTokenizer, str(folder))
         if not tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template, so there is no way to chat")
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
+        known = json.loads(adapter.read_text()) if adapter.exists() else {}
+        base = str(known.get("base_model_name_or_path", folder))
         if adapter.exists():
             _check_base(folder, base)
-        options = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
+        options = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True, "revision": known.get("revision")}
         model, found = _loaded(AutoModelForCausalLM, base, **options)
         check_loaded(model, found, base)
         if adapter.exists():

@@ -164,6 +164,8 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
     base = model.get_base_model() if recipe.lora is not None and not merge else model
     base.config.use_cache = True
     base.generation_config.eos_token_id = contract.stop_ids
+    if recipe.lora is not None and not merge:  # peft then loads the base at the commit that was trained
+        model.peft_config["default"].revision = recipe.model.revision
     model.save_pretrained(folder)
     if recipe.lora is not None and not merge:
         generation: GenerationConfig = base.generation_config

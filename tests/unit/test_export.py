@@ -33,9 +33,9 @@ LORA = {"rank": 4, "variant": "dora", "modules_to_save": ["lm_head"]}
 def trained(make_recipe, tmp_path):
     """A run of this recipe with a checkpoint at each step, whose trained weights are the fresh ones moved a little."""
 
-    def make(steps=types.MappingProxyType({3: 2.0}), **sections) -> Path:
+    def make(steps=types.MappingProxyType({3: 2.0}), revision=None, **sections) -> Path:
         base = write_model(tmp_path / "base")
-        recipe = make_recipe(model={"path": str(base)}, **sections)
+        recipe = make_recipe(model={"path": str(base), "revision": revision}, **sections)
         folder = Path(recipe.run_place())
         make_run_folder(folder)
         prepared = prepare(recipe)
@@ -205,3 +205,18 @@ def test_an_export_is_registered_once_and_named_by_an_alias(trained, tmp_path, m
     recipe.write_text(recipe.read_text().replace(uri, "http://127.0.0.1:9"))
     with pytest.raises(InfrastructureError, match="the export stands in"):
         register(str(run), folder, "smith", "candidate")
+
+
+def test_an_adapter_stands_on_the_commit_of_the_base_that_was_trained(trained, tmp_path, monkeypatch):
+    """In plain peft, and in `burnish chat` and `burnish score`; a folder has no commits, so they are only asked for one."""
+    folder = export(str(trained(lora={"rank": 2}, revision="b" * 40)), tmp_path / "export")
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "b" * 40
+    asked, plain = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **kwargs: asked.append(kwargs["revision"]) or plain(*args, **kwargs),
+    )
+    Chat.open(folder)
+    AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    assert asked == ["b" * 40] * 2
