@@ -418,6 +418,7 @@ lora: null
 data: {{train: [{{path: {rows}}}], max_length: 160, window_rows: 16}}
 optim: {{learning_rate: 1e-3, warmup_steps: 2}}
 train: {{global_batch_size: 4, epochs: 6}}
+engine: {{zero_stage: 3}}
 scale: {{num_workers: 2, use_gpu: false}}
 checkpoint: {{every_steps: 4, storage: {folder / "runs"}}}
 tracking: {{uri: null}}
