@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from burnish import __version__
 from burnish.config import Recipe, load
@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
     plan.add_argument("--json", action="store_true", help="one JSON object")
 
+    _add_model_verbs(verbs)
+    doctor = verbs.add_parser("doctor", help="Show versions, devices and what is missing.")
+    doctor.set_defaults(verb=_doctor)
+    return parser
+
+
+def _add_model_verbs(verbs: Any) -> None:
+    """Adds the verbs of what was trained; `verbs` are argparse's subparsers, which have no public type."""
     export = verbs.add_parser(
         "export", help="Write a run's model to a folder.", description="Write a run's model to a folder."
     )
@@ -132,10 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--skip", action="append", default=[], metavar="PROBE", help="a probe that the server need not keep")
     verify.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable with the server's API key")
     verify.set_defaults(verb=_verify)
-
-    doctor = verbs.add_parser("doctor", help="Show versions, devices and what is missing.")
-    doctor.set_defaults(verb=_doctor)
-    return parser
 
 
 def _count(text: str) -> int:
