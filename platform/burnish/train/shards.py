@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from burnish.errors import RecipeError
 from burnish.train.model import decoder_layers
 
 Read: TypeAlias = Callable[[nn.Parameter], torch.Tensor]
@@ -50,7 +51,7 @@ class Shards:
         """Shares out a model that every worker has whole, or, with `read`, one that is empty, which world rank 0 reads.
 
         Layers, embeddings and head are shared; weights of other modules, which are few, stay whole. A worker waits
-        `patience_seconds` for the others. A collective call.
+        `patience_seconds` for the others. A collective call. Raises RecipeError for a layer made of several others' weights.
         """
         self._group = dist.new_group(timeout=timedelta(seconds=patience_seconds))
         self._live: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -64,8 +65,13 @@ class Shards:
                 self._units.append(_unit(weights, made, device, read, is_layer))
                 numbers |= dict.fromkeys(weights, len(self._units) - 1)
             # A head that shares its weight with the embeddings; a bias of its own stays whole.
-            (number,) = {numbers[weight] for weight in weights if weight in numbers}
-            self._hook(module, number)
+            found = {numbers[weight] for weight in weights if weight in numbers}
+            if len(found) > 1:
+                raise RecipeError(
+                    "engine.zero_stage: a layer of this model takes weights of several others, which 3 cannot gather; "
+                    "write engine.zero_stage: 2"
+                )
+            self._hook(module, found.pop())
         for module in model.modules():
             for name, weight in module._parameters.items():
                 if weight is not None and read is not None and weight not in made:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from burnish.errors import RecipeError
 from burnish.train.shards import Shards
 from tests.conftest import free_ports
 
@@ -99,6 +100,18 @@ def test_after_an_error_in_a_layer_the_next_pass_is_right(recomputes):
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None, "no hook is left behind"
     found = gradients(shared)
     assert all(torch.equal(found[name], right[name]) for name in right)
+
+
+def test_a_layer_that_shares_weights_with_another_computes_with_them():
+    plain = Model(False)
+    plain.layers[2].matrix.weight = plain.layers[0].matrix.weight
+    shared = copy.deepcopy(plain)
+    Shards(shared, CPU)
+    right, found = gradients(plain), gradients(shared)
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    plain.layers[2].scale = plain.layers[1].scale
+    with pytest.raises(RecipeError, match=r"takes weights of several others.*write engine.zero_stage: 2"):
+        Shards(plain, CPU)
 
 
 def test_two_passes_at_once_are_two_passes():
