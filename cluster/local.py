@@ -10,11 +10,10 @@ import argparse
 import os
 import secrets
 import signal
-import socket
 import sys
 import tempfile
-import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 # Ray reads these when it is imported. It listens on this machine's own address, where without a token every
 # neighbour could run code; a token of this process alone leaves no file that later clusters would find.
@@ -31,38 +30,22 @@ MEMORY = 200 << 20
 """Bytes of each node's object store, which all share this machine's memory."""
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now; Ray's own defaults collide where another Ray runs."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((LOOPBACK, 0))
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def start(nodes: int, cpus: int, dashboard: int, folder: str) -> Cluster:
     """A cluster whose nodes have all joined; `folder` is short, because Unix sockets lie in it."""
     # Ray keeps what no node's own folder has under this one, and does not make it.
     # Data tasks find their processes again (train/cluster.py:KEEP_IDLE).
     os.environ |= {"RAY_TMPDIR": folder, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     Path(folder, "ray").mkdir()
-    agent, metrics, client = free_ports(3)
+    # Ray's own default of an agent's port collides where another Ray runs; with 0 each process takes a free one itself.
     head = {
         "num_cpus": 0, "object_store_memory": MEMORY, "temp_dir": folder, "include_dashboard": True,
-        "dashboard_host": LOOPBACK, "dashboard_port": dashboard,
-        "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics, "ray_client_server_port": client,
+        "dashboard_host": LOOPBACK, "dashboard_port": dashboard, "dashboard_agent_listen_port": 0,
     }  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for number in range(1, nodes):
-            agent, metrics = free_ports(2)
             role = {"node-role": "data" if number == 1 else "train"}
-            cluster.add_node(
-                num_cpus=cpus, labels=role, object_store_memory=MEMORY, dashboard_agent_listen_port=agent,
-                metrics_agent_port=metrics,
-            )  # fmt: skip
+            cluster.add_node(num_cpus=cpus, labels=role, object_store_memory=MEMORY)
         cluster.wait_for_nodes()
         # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
         write_ray_address(cluster.address, folder)
@@ -82,12 +65,13 @@ def main() -> int:
     if arguments.nodes < 2 or arguments.cpus < 1:
         parser.error("a cluster needs 2 nodes, since the head runs no tasks, and 1 CPU on each")
 
-    ended = threading.Event()
+    # Not an Event: a handler that sets one which this thread is about to wait for can wait for its lock forever.
+    signals: SimpleQueue[int] = SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="burnish-", ignore_cleanup_errors=True) as folder:
         cluster = start(arguments.nodes, arguments.cpus, arguments.dashboard_port, folder)
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: ended.set())
+                signal.signal(number, lambda signum, _: signals.put(signum))
             url = f"http://{LOOPBACK}:{arguments.dashboard_port}"
             submit = "--runtime-env jobs/runtime_env.yaml -- python jobs/train.py jobs/recipes/quickstart.yaml"
             if token := os.environ.get("RAY_AUTH_TOKEN"):
@@ -96,7 +80,7 @@ def main() -> int:
             print(f"Dashboard  {url}")
             print(f"Submit     ray job submit --address {url} {submit}")
             print("End        Ctrl-C", flush=True)
-            ended.wait()
+            signals.get()
         finally:
             cluster.shutdown()
     return 0

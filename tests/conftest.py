@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -191,15 +192,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return TwoProcesses(config, log)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def free_port() -> int:
+    """A port that nobody listens on now, below those that systems give to connections, which would soon take it away."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +208,7 @@ def s3() -> Iterator[Any]:
 
     from burnish.data import files
 
-    (port,) = free_ports(1)
+    port = free_port()
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request else
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
@@ -364,30 +363,24 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
     from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
-    dashboard, agent, grpc, client = free_ports(4)
+    dashboard = free_port()
     # Unix sockets must have short paths, so not pytest's own folder.
     with tempfile.TemporaryDirectory(prefix="bt-", ignore_cleanup_errors=True) as folder:
         with kept_idle():
             nodes = Cluster(
                 initialize_head=True,
                 head_node_args={
-                    "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client,
-                    "dashboard_agent_listen_port": agent, "metrics_agent_port": grpc, "temp_dir": folder,
-                    "object_store_memory": 200 << 20,
+                    "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": 0,
+                    "temp_dir": folder, "object_store_memory": 200 << 20,
                 },
             )  # fmt: skip
 
         def add(num_cpus: int = 1, role: str = "data") -> Callable[[], None]:
-            ports = free_ports(2)
+            # Its own folder, as on a machine of its own: nodes that share one unpack a job's code over each other.
+            own = tempfile.mkdtemp(dir=folder)
             with kept_idle():
                 node = nodes.add_node(
-                    num_cpus=num_cpus,
-                    labels={"node-role": role},
-                    # Its own folder, as on a machine of its own: nodes that share one unpack a job's code over each other.
-                    temp_dir=f"{folder}/{ports[0]}",
-                    dashboard_agent_listen_port=ports[0],
-                    metrics_agent_port=ports[1],
-                    object_store_memory=200 << 20,
+                    num_cpus=num_cpus, labels={"node-role": role}, temp_dir=own, object_store_memory=200 << 20
                 )
             return lambda: nodes.remove_node(node, allow_graceful=False)
 
@@ -439,23 +432,19 @@ def nodes_by_role(*roles: str) -> Iterator[tuple[Any, list[Any], Callable[[str],
     from ray.cluster_utils import Cluster
 
     store = 100 << 20  # Ray wants 75 MiB at least
-    dashboard, agent, metrics, client = free_ports(4)
+    dashboard = free_port()
     with tempfile.TemporaryDirectory(prefix="bn-", ignore_cleanup_errors=True) as folder:
         head = {
             "num_cpus": 0, "object_store_memory": store, "temp_dir": folder, "include_dashboard": True,
-            "dashboard_port": dashboard, "dashboard_agent_listen_port": agent, "metrics_agent_port": metrics,
-            "ray_client_server_port": client,
+            "dashboard_port": dashboard, "dashboard_agent_listen_port": 0,
         }  # fmt: skip
         with kept_idle():
             cluster = Cluster(initialize_head=True, head_node_args=head)
 
         def add(role: str) -> Any:
-            ports = free_ports(2)
+            own = tempfile.mkdtemp(dir=folder)
             with kept_idle():
-                return cluster.add_node(
-                    num_cpus=1, labels={"node-role": role}, temp_dir=f"{folder}/{ports[0]}", object_store_memory=store,
-                    dashboard_agent_listen_port=ports[0], metrics_agent_port=ports[1],
-                )  # fmt: skip
+                return cluster.add_node(num_cpus=1, labels={"node-role": role}, temp_dir=own, object_store_memory=store)
 
         added = [add(role) for role in roles]
         cluster.wait_for_nodes()

@@ -24,7 +24,7 @@ from burnish.train.attempt import Attempt, Progress
 from burnish.train.batches import Batch
 from burnish.train.home import Home
 from burnish.train.watchdog import Watchdog
-from tests.conftest import free_ports, write_model
+from tests.conftest import free_port, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -375,7 +375,7 @@ def gang(cluster):
 
     def call(world: int, method: str, *arguments: Any) -> list[Any]:
         if world not in gangs:
-            (port,) = free_ports(1)
+            port = free_port()
             gangs[world] = [Worker.options(num_cpus=0.1).remote(rank, world, port) for rank in range(world)]
         results = [getattr(worker, method).remote(*arguments) for worker in gangs[world]]
         waiting = results

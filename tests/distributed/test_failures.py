@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from tests.conftest import Training, free_ports, write_model
+from tests.conftest import Training, free_port, write_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
@@ -121,7 +121,7 @@ def mlflow_server(database: Path, port: int) -> Iterator[None]:
 def test_metrics_of_an_outage_of_mlflow_in_which_a_worker_is_killed_arrive_once(quiet, tmp_path):
     from mlflow.tracking import MlflowClient
 
-    database, (port,) = tmp_path / "mlflow.db", free_ports(1)
+    database, port = tmp_path / "mlflow.db", free_port()
     with mlflow_server(database, port):
         run = Training(quiet.recipe, "unwatched", quiet.address, f"tracking.uri=http://127.0.0.1:{port}")
         run.wait_until(run.attempts)

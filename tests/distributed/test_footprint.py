@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from burnish.config import Recipe
 from burnish.train.footprint import measure
 from burnish.train.layout import Layout, footprint
-from tests.conftest import free_ports
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +88,7 @@ def test_what_a_layout_needs_is_known_within_a_fifth(make_recipe, tmp_path, monk
         monkeypatch.setenv(f"MALLOC_{key}_", "65536")
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    (port,) = free_ports(1)
+    port = free_port()
     workers = [context.Process(target=_work, args=(rank, port, first | recipes, results)) for rank in range(WORKERS)]
     for worker in workers:
         worker.start()

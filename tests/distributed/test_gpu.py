@@ -14,7 +14,7 @@ from burnish.train import memory, objective, self_test
 from burnish.train.attention import FLASH, SDPA, VARLEN, register
 from burnish.train.failure import memory_advice
 from burnish.train.objective import Objective
-from tests.conftest import Training, conversation, free_ports, tiny_config, write_model, write_rows
+from tests.conftest import Training, conversation, free_port, tiny_config, write_model, write_rows
 from tests.distributed.test_engine import make_packs, plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -26,7 +26,7 @@ KERNELS = [SDPA, VARLEN, FLASH]
 @pytest.fixture(scope="module", autouse=True)
 def alone():
     """A gang of one on NCCL."""
-    (port,) = free_ports(1)
+    port = free_port()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", device_id=torch.device("cuda:0"))

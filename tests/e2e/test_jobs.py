@@ -15,7 +15,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from burnish.train.checkpoint import newest
 from burnish.train.ledger import lines
 from burnish.train.shelf import Shelf
-from tests.conftest import ROOT, Training, as_a_user, conversation, free_ports, write_rows
+from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -136,14 +136,14 @@ def test_a_local_cluster_starts_where_no_ray_ever_ran_and_leaves_nothing_behind(
     with tempfile.TemporaryDirectory(prefix="lc-", dir="/tmp") as new:
         environment = {**os.environ, "TMPDIR": new}
         del environment["RAY_TMPDIR"]
-        command = [sys.executable, "cluster/local.py", "--nodes", "2", "--dashboard-port", str(free_ports(1)[0])]
+        command = [sys.executable, "cluster/local.py", "--nodes", "2", "--dashboard-port", str(free_port())]
         local = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         said = iter(local.stdout.readline, "")
         assert any(line.startswith("End ") for line in said), local.stderr.read()
         local.terminate()
-        assert local.wait(60) == 0, local.stderr.read()
+        assert local.wait(Training.deadline_seconds) == 0, local.stderr.read()
         local.stdout.close()
         local.stderr.close()
         # Ray's dashboard leaves empty folders of Python's multiprocessing, with or without us.

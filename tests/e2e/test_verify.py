@@ -17,7 +17,7 @@ from burnish.cli import main
 from burnish.config import parse
 from burnish.data.contract import Contract
 from burnish.data.tokenizer import load_template
-from tests.conftest import free_ports, write_model
+from tests.conftest import free_port, write_model
 from tests.judge import PUBLISHED
 
 pytestmark = pytest.mark.e2e
@@ -141,7 +141,7 @@ def test_a_server_with_a_key(exported, serve, capsys, monkeypatch):
 
 
 def test_nobody_answers_a_wrong_address_and_a_wrong_probe(exported, serve, capsys):
-    port = free_ports(1)[0]
+    port = free_port()
     assert main(["verify", str(exported), "--server", f"http://127.0.0.1:{port}"]) == 4
     assert "does not answer" in capsys.readouterr().err
     assert main(["verify", str(exported), "--server", "localhost:8000"]) == 3
@@ -192,7 +192,7 @@ def test_a_folder_that_keeps_its_contract_and_each_way_to_break_it(exported, tmp
 
 def test_a_real_server(exported, capsys, tmp_path):
     """transformers' own server drops the text and the reasoning beside a tool call; everything else it keeps."""
-    (port,) = free_ports(1)
+    port = free_port()
     command = [
         os.path.join(os.path.dirname(sys.executable), "transformers"),
         "serve",

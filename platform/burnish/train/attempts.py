@@ -69,13 +69,13 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
         run.home.settle()
         why, stages = "failed", Stages()
         try:
-            with _stop_on_signal(folder) as asked, run.home.courier("metrics.jsonl"):
+            with _stop_on_signal(folder) as stops, run.home.courier("metrics.jsonl"):
                 try:
                     _watched(partial(_fit, run, start, workers, stages), run, watch, stages)
                 finally:
                     if (folder / STOP_FILE).exists():
-                        asked.set()
-            why = "stopped" if asked.is_set() else "finished"
+                        stops.append(signal.SIGTERM)
+            why = "stopped" if stops else "finished"
         except TrainingFailedError as error:
             failures += 1
             run.home.catch_up()
@@ -84,7 +84,7 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
                 raise reason from error
             lost = hang(folder, workers) or f"a worker was lost ({last_line(error)})"
             why = f"lost: {lost}"
-            if asked.is_set():
+            if stops:
                 raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
             logger.warning("%s; starting again from the newest checkpoint", lost)
             continue
@@ -92,7 +92,7 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
             run.home.catch_up()
             goodput.end(folder, why)
             run.home.settle()
-        if asked.is_set():
+        if stops:
             last = checkpoint.newest(run.home.shelf())
             step = last.progress.step if last else 0
             raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
@@ -224,22 +224,25 @@ def _watched(work: Callable[[], None], run: Run, watch: Watch | None, stages: St
 
 
 @contextmanager
-def _stop_on_signal(folder: Path) -> Iterator[threading.Event]:
-    """While the block runs, SIGTERM and the first Ctrl-C ask the workers for a checkpoint and an end."""
-    asked = threading.Event()
+def _stop_on_signal(folder: Path) -> Iterator[list[int]]:
+    """While the block runs, SIGTERM and the first Ctrl-C ask the workers for a checkpoint and an end; gives the signals.
+
+    A list and not an Event, whose lock a handler would wait for forever where it comes while another one sets it.
+    """
+    stops: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stops
         return
 
     def ask(signum: int, frame: Any) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
+        if stops and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        stops.append(signum)
         (folder / STOP_FILE).touch()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,7 +11,7 @@ import pytest
 from burnish.data import sources
 from burnish.errors import DataError, RecipeError
 from burnish.sections import SourceSpec
-from tests.conftest import free_ports, write_rows
+from tests.conftest import free_port, write_rows
 
 ROWS = [{"n": i, "text": "é" * (i % 5)} for i in range(40)]
 
@@ -125,7 +125,7 @@ def test_s3_is_read_in_ranges_by_file_folder_and_glob(s3):
 
 
 def test_a_server_that_is_not_there_is_said_so(s3, monkeypatch):
-    (port,) = free_ports(1)
+    port = free_port()
     url = f"s3://bucket/rows/a.jsonl?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
     with pytest.raises(DataError, match="cannot be reached"):
         rows_of(path=url)

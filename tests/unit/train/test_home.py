@@ -22,7 +22,7 @@ from burnish.train.checkpoint import best, newest, verify
 from burnish.train.home import Home
 from burnish.train.shelf import MANIFEST
 from burnish.train.writer import Place, Writer
-from tests.conftest import free_ports
+from tests.conftest import free_port
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_command_that_died_holds_nobody_up_for_long(home, monkeypatch, caplog)
 
 
 def test_a_place_that_cannot_be_reached_is_said_so(s3):
-    (port,) = free_ports(1)
+    port = free_port()
     gone = f"s3://bucket/runs/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
     with pytest.raises(
         InfrastructureError, match=r"checkpoint.storage: s3://bucket/runs/x.* cannot be reached: .*credentials"

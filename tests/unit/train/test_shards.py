@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from burnish.errors import RecipeError
 from burnish.train.shards import Shards
-from tests.conftest import free_ports
+from tests.conftest import free_port
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def alone():
     """A gang of one."""
-    (port,) = free_ports(1)
+    port = free_port()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
