@@ -18,8 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import finalize
 
 import pyarrow as pa
 from safetensors import SafetensorError
@@ -35,6 +37,9 @@ from burnish.train.shelf import MANIFEST
 
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Answers of a storage that waiting does not change."""
+
+_Order: TypeAlias = "tuple[Callable[[], None], Future[None]]"
+"""Work for the thread of a writer, and what is told when it is done."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +72,19 @@ class Writer:
         self._shelf = place.home.shelf()
         self._pending: Future[None] = Future()
         self._pending.set_result(None)
+        # A thread that begins keeps the interpreter for 5 ms, longer than it takes to copy adapters; one that waits does
+        # not. It does not hold up the end of the process.
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
+        Thread(target=_work_off, args=(self._orders,), daemon=True).start()
+        finalize(self, self._orders.put, None)
         self._last: str | None = None
 
     def write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         """Begins the checkpoint of a step when the one before is written. `snapshot` is called once, by the thread."""
         self.wait()
         self._last = name_of(progress.step)
-        self._pending = _begun(partial(self._write, progress, metrics, snapshot))
+        self._pending = Future()
+        self._orders.put((partial(self._write, progress, metrics, snapshot), self._pending))
 
     def measure(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Adds metrics to the checkpoint of a step that was just begun, when it is written."""
@@ -215,20 +226,15 @@ def _described(file: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _begun(work: Callable[[], None]) -> "Future[None]":
-    """The work in a thread that does not hold up the end of the process."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        time.sleep(0)  # training goes on first, not after the 5 ms in which this thread would keep the interpreter
+def _work_off(orders: "SimpleQueue[_Order | None]") -> None:
+    while order := orders.get():
+        work, done = order
         try:
             work()
-            future.set_result(None)
+            done.set_result(None)
         except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
+            done.set_exception(error)
+        del order, work, done  # the memory of what was written is used again, though this thread waits
 
 
 def _may_pass(error: BaseException) -> bool:
