@@ -4,7 +4,8 @@
       RecipeError               2   the recipe or the command line asks for something impossible
       DataError                 3   the rows, the tokenizer or the chat template cannot be used
       InfrastructureError       4   a machine, a disk or a cluster failed; a retry may help
-      TrainingError             5   training failed for good (NaN loss, out of memory)
+      TrainingError             5   training failed for good (NaN loss)
+        OutOfMemory             5   memory did not suffice in any layout that the recipe leaves open
       Stopped                  75   stopped on request, with a checkpoint; the same command goes on
 
 Each carries one message that says where, what was found and what to write instead. All of them
@@ -42,6 +43,10 @@ class TrainingError(BurnishError):
     """Training failed in a way that a retry would repeat."""
 
     exit_code = 5
+
+
+class OutOfMemory(TrainingError):
+    """Memory did not suffice. A retry would repeat it, unless in another layout."""
 
 
 class Stopped(BurnishError):

@@ -13,6 +13,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
+from burnish.train.ledger import lines
 from tests.conftest import Training, free_port, write_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak]
@@ -78,7 +79,7 @@ def least_size(run: Training, worker: psutil.Process) -> int:
 def test_a_worker_without_memory_ends_the_run_with_advice_and_the_same_command_starts_nothing(quiet, tmp_path):
     # A tensor of 160 tokens in this model has 40 MiB, more than malloc would ever keep of what was freed.
     model = write_model(tmp_path / "wide", intermediate_size=64 << 10)
-    run = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}")
+    run = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}", "model.activation_checkpointing=false")
     run.wait_for_step(1)
     worker = run.workers()[0]
     limit = least_size(run, worker) + (20 << 20)
@@ -88,13 +89,32 @@ def test_a_worker_without_memory_ends_the_run_with_advice_and_the_same_command_s
     assert found, run.said()
     keys = ("model.activation_checkpointing: true", "model.dtype: bfloat16", "data.max_length: 80", "lora: {rank: 16}")
     assert found[1] == f"Write {', or '.join(keys)}, or take more workers"
-    assert json.loads((run.folder / "failed.json").read_text())["error"] == "TrainingError"
+    assert json.loads((run.folder / "failed.json").read_text())["error"] == "OutOfMemory"
 
     attempts, ledger = run.attempts(), run.ledger()
-    again = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}")
+    again = Training(quiet.recipe, "memory", quiet.address, f"model.path={model}", "model.activation_checkpointing=false")
     assert again.wait() == 5, again.said()
     assert found[0] in again.said() and "nothing was started" in again.said()
     assert len(attempts) == 1 and again.attempts() == attempts and again.ledger() == ledger
+
+
+def test_a_worker_without_memory_goes_on_in_a_smaller_layout_where_the_recipe_leaves_one_open(quiet, tmp_path):
+    model = write_model(tmp_path / "wide", intermediate_size=64 << 10)
+    run = Training(quiet.recipe, "smaller", quiet.address, f"model.path={model}", "train.max_steps=12")
+    run.wait_for_step(EVERY + 1)
+    worker = run.workers()[0]
+    limit = least_size(run, worker) + (20 << 20)
+    worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+    assert run.wait() == 0, run.said()
+    said = "out of memory with ZeRO-3, activations kept; going on with engine.zero_stage: 3, "
+    assert f"{said}model.activation_checkpointing: true" in run.said()
+    starts = run.attempts()
+    assert len(starts) == 2 and starts[1]["from_step"] >= EVERY
+    told = [line for line in lines(run.folder / "metrics.jsonl") if "engine/activation_checkpointing" in line]
+    assert [line["engine/activation_checkpointing"] for line in told] == [0, 1]
+    assert [line["step"] for line in run.ledger()] == list(range(1, 13))
+    packs = [tuple(pack) for line in run.ledger() for pack in line["packs"]]
+    assert len(packs) == len(set(packs))
 
 
 @contextmanager

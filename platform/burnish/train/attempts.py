@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from burnish.data import order, pipeline
 from burnish.data.stages import Patience, Stages
-from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped, TrainingError
+from burnish.errors import BurnishError, InfrastructureError, OutOfMemory, RecipeError, Stopped
 from burnish.train import checkpoint, goodput
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress
 from burnish.train.cluster import draining, role_labels, width
 from burnish.train.failure import decide, last_line, lost_to_memory, memory_options
 from burnish.train.home import Home
+from burnish.train.layout import Layout, tighter
 from burnish.train.ledger import lines
 from burnish.train.prepare import Prepared
 from burnish.train.schedule import kept_losses
@@ -80,9 +81,13 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
             failures += 1
             run.home.catch_up()
             reason = decide(error, run.prepared.recipe) or _given_up(error, run, step, workers, failures)
-            if reason is not None:
+            smaller = _smaller(run, workers) if isinstance(reason, OutOfMemory) else None
+            if smaller is not None:
+                run, lost = smaller
+            elif reason is not None:
                 raise reason from error
-            lost = hang(folder, workers) or f"a worker was lost ({last_line(error)})"
+            else:
+                lost = hang(folder, workers) or f"a worker was lost ({last_line(error)})"
             why = f"lost: {lost}"
             if stops:
                 raise Stopped("stopped; a worker was lost meanwhile, the newest checkpoint stands") from error
@@ -116,13 +121,29 @@ def _given_up(error: TrainingFailedError, run: Run, step: int, workers: int, fai
     if failures <= MAX_RESTARTS:
         return None
     if lost_to_memory(error):
-        return TrainingError(
+        return OutOfMemory(
             f"out of memory: Ray ended workers {failures} times after step {step}, because their node had none left. "
             f"{memory_options(run.prepared.recipe)}"
         )
     return InfrastructureError(
         f"workers were lost {failures} times after step {step}: {hang(run.home.folder, workers) or last_line(error)}"
     )
+
+
+def _smaller(run: Run, workers: int) -> tuple[Run, str] | None:
+    """The run in a layout that needs less memory than the one it had, and what is said of it; None where there is none."""
+    told = [line for line in lines(run.home.folder / "metrics.jsonl") if "engine/zero_stage" in line]
+    if not told:
+        return None
+    tried = Layout(int(told[-1]["engine/zero_stage"]), bool(told[-1]["engine/activation_checkpointing"]))
+    recipe = tighter(run.prepared.recipe, tried, workers)
+    if recipe is None:
+        return None
+    kept = "recomputed" if tried.activation_checkpointing else "kept"
+    decided = f"engine.zero_stage: {recipe.engine.zero_stage}, model.activation_checkpointing: "
+    decided += str(recipe.model.activation_checkpointing).lower()
+    said = f"out of memory with ZeRO-{tried.zero_stage}, activations {kept}; going on with {decided}"
+    return replace(run, prepared=replace(run.prepared, recipe=recipe)), said
 
 
 def _work(config: dict[str, Any]) -> None:

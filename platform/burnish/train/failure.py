@@ -12,7 +12,7 @@ from ray.train import TrainingFailedError
 
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
-from burnish.errors import BurnishError, DataError, TrainingError
+from burnish.errors import BurnishError, DataError, OutOfMemory, TrainingError
 from burnish.train.model import unembedded
 
 _FEWEST_TOKENS = 64
@@ -54,14 +54,14 @@ def check_tokens(input_ids: NDArray[np.int32], meta: StepMeta, embedded: int) ->
 
 @contextmanager
 def memory_advice(recipe: Recipe, step: int, tokens: int) -> Iterator[None]:
-    """Raises TrainingError, with what was tried and what to lower, where the block runs out of memory."""
+    """Raises OutOfMemory, with what was tried and what to lower, where the block runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
         tried = f"step {step}, {tokens:,} tokens in a pack, {recipe.model.dtype}, ZeRO-{recipe.engine.stage()}"
-        raise TrainingError(f"out of memory in {tried}: {last_line(error)}. {memory_options(recipe)}") from error
+        raise OutOfMemory(f"out of memory in {tried}: {last_line(error)}. {memory_options(recipe)}") from error
 
 
 def memory_options(recipe: Recipe) -> str:
@@ -95,7 +95,7 @@ def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:
             assert isinstance(cause, BurnishError)
             return cause
         if _is_memory(cause):
-            return TrainingError(f"out of memory: {last_line(cause)}. {memory_options(recipe)}")
+            return OutOfMemory(f"out of memory: {last_line(cause)}. {memory_options(recipe)}")
         if type(cause).__name__ == "UserCodeException":  # Ray Data's, around what a data task raised
             return DataError(f"a data task failed: {last_line(cause.__cause__ or cause)}")
     # Where one worker was lost, whatever the others raise is its echo; where a data task failed, a broken collective is.

@@ -133,6 +133,16 @@ def choose(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> tuple[
     )
 
 
+def tighter(recipe: Recipe, tried: Layout, num_workers: int) -> Recipe | None:
+    """The recipe without the layouts that need no less memory than one that ran out of it; None where none is left."""
+    stage = recipe.engine.zero_stage
+    if stage == "auto" and tried.zero_stage < 3 and num_workers > 1 and recipe.model.quantize is None:
+        return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"zero_stage": 3})})
+    if recipe.model.activation_checkpointing == "auto" and not tried.activation_checkpointing:
+        return Layout(tried.zero_stage, True).of(recipe)
+    return None
+
+
 def _offloads(recipe: Recipe, room: Room) -> bool:
     return recipe.engine.offload == "optimizer" and room.host is not None
 

@@ -7,7 +7,7 @@ import torch
 from ray.train import WorkerGroupError
 
 from burnish.data.order import Cursor, StepMeta
-from burnish.errors import BurnishError, DataError, InfrastructureError, TrainingError
+from burnish.errors import BurnishError, DataError, InfrastructureError, OutOfMemory, TrainingError
 from burnish.train.failure import check_loss, check_tokens, decide, memory_advice
 
 
@@ -53,7 +53,7 @@ def test_what_a_data_task_raised_by_itself_would_come_again(failures, again, rec
         ({0: DataError("bad rows")}, DataError, "bad rows"),
         ({0: ECHO, 1: InfrastructureError("disk full")}, InfrastructureError, "disk full"),
         ({0: LOST, 1: TrainingError("nan")}, TrainingError, "nan"),
-        ({0: torch.OutOfMemoryError("CUDA out of memory")}, TrainingError, "max_length"),
+        ({0: torch.OutOfMemoryError("CUDA out of memory")}, OutOfMemory, "max_length"),
         ({0: KeyError("x"), 1: KeyError("x")}, BurnishError, "training failed"),
     ],
 )
@@ -115,7 +115,7 @@ def test_no_memory_says_what_was_tried_and_what_to_write_and_other_errors_pass(m
         r"model.activation_checkpointing: true, or engine.zero_stage: 3, or model.dtype: bfloat16, or data.max_length: 32, "
     )
     with (
-        pytest.raises(TrainingError, match=words + r"or lora: \{rank: 16\}, or take more workers"),
+        pytest.raises(OutOfMemory, match=words + r"or lora: \{rank: 16\}, or take more workers"),
         memory_advice(recipe, 3, 60),
     ):
         torch.empty(1 << 50)

@@ -8,7 +8,7 @@ from transformers import GemmaConfig, LlamaConfig, Qwen3MoeConfig
 
 from burnish.errors import RecipeError
 from burnish.train import footprint as measured
-from burnish.train.layout import USABLE, Footprint, Layout, Room, Sizes, choose, footprint
+from burnish.train.layout import USABLE, Footprint, Layout, Room, Sizes, choose, footprint, tighter
 from burnish.train.model import decoder_layers
 from burnish.train.shards import blocks
 
@@ -99,6 +99,21 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(open_recipe, secti
     recipe = open_recipe(**{"engine": {"zero_stage": "auto"}, "data": {"max_length": 8192}, **sections})
     with pytest.raises(RecipeError, match=rf"does not fit: each of 1 workers has .* GB and needs at least .*{advice}"):
         choose(recipe, sizes, Room(capacity, 500 * GB), 1)
+
+
+def test_a_layout_that_ran_out_of_memory_is_followed_by_those_that_need_less(open_recipe):
+    def after(tried, workers=2, **sections):
+        left = tighter(open_recipe(**sections), Layout(*tried), workers)
+        return left and (left.engine.zero_stage, left.model.activation_checkpointing)
+
+    assert after((2, False)) == (3, "auto")
+    assert after((2, False), workers=1) == after((2, False), model={"quantize": "nf4"}, lora={}) == (2, True)
+    assert after((3, False)) == (3, True)
+    assert after((2, True)) == (3, "auto")  # what has no room by the numbers is not chosen again
+    assert after((3, True)) is after((2, True), workers=1) is None
+    assert after((0, False), engine={"zero_stage": 0}) == (0, True)
+    assert after((2, False), model={"activation_checkpointing": False}, workers=1) is None
+    assert after((3, False), engine={"zero_stage": 3}, model={"activation_checkpointing": False}) is None
 
 
 def test_offloading_saves_nothing_where_the_device_is_the_host(open_recipe):
