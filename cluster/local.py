@@ -73,7 +73,10 @@ def main() -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda signum, _: signals.put(signum))
             url = f"http://{LOOPBACK}:{arguments.dashboard_port}"
-            submit = "--runtime-env jobs/runtime_env.yaml -- python jobs/train.py jobs/recipes/quickstart.yaml"
+            # A job runs in a folder of its own, without what git ignores: the model that `make demo` makes stays here.
+            here = Path.cwd()
+            kept = f"model.path={here}/runs/quickstart-base checkpoint.storage={here}/runs tracking.uri=null"
+            submit = f"--runtime-env jobs/runtime_env.yaml -- python jobs/train.py jobs/recipes/quickstart.yaml {kept}"
             if token := os.environ.get("RAY_AUTH_TOKEN"):
                 print(f"Token      export RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token}")
             print(f"Cluster    export RAY_ADDRESS={cluster.address}  ({arguments.nodes} nodes, head without tasks)")

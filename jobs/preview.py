@@ -1,7 +1,7 @@
 """Show what of each row is trained and what is not.
 
     ray job submit --runtime-env jobs/runtime_env.yaml -- \
-        python jobs/preview.py jobs/recipes/quickstart.yaml --json --limit 20
+        python jobs/preview.py my.yaml --json --limit 20
 
 On a cluster, checkpoint.storage and every path in the recipe name folders that all nodes share.
 """

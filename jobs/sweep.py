@@ -1,7 +1,7 @@
 """Search the space of a recipe with Ray Tune.
 
     ray job submit --runtime-env jobs/runtime_env.yaml -- \
-        python jobs/sweep.py jobs/recipes/quickstart-sweep.yaml
+        python jobs/sweep.py my-sweep.yaml
 
 On a cluster, checkpoint.storage and every path in the recipe name folders that all nodes share.
 """

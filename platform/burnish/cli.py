@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     preview = recipe_verb("preview", _preview, "Show what is trained in each row and what is not.")
     preview.add_argument("--json", action="store_true", help="one JSON object for each row")
     preview.add_argument("--html", metavar="FILE", type=Path, help="one web page with every token and its mask")
-    preview.add_argument("--limit", type=_count, default=None, metavar="N", help="only the first N rows")
+    shown = "rows to show; default 10, 100 with --html, all with --json"
+    preview.add_argument("--limit", type=_count, default=None, metavar="N", help=shown)
     plan = recipe_verb("plan", _plan, "Count rows, packs, tokens and steps without training.")
     plan.add_argument("--json", action="store_true", help="one JSON object")
 

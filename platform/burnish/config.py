@@ -80,9 +80,16 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def early_stopping_has_what_it_needs(self) -> "Recipe":
-        """Raises ValueError where training may end early and no evaluation decides it, or better weights are not kept."""
+    def evaluation_has_what_it_needs(self) -> "Recipe":
+        """Raises ValueError where nothing is evaluated and a key waits for it, or may end training without what it needs."""
+        waiting = {
+            "checkpoint.best: eval/loss": self.checkpoint.best == "eval/loss",
+            f"train.eval_every_steps: {self.train.eval_every_steps}": self.train.eval_every_steps is not None,
+        }
         if self.train.early_stopping is None:
+            found = next((words for words, waits in waiting.items() if waits and not self.data.eval), None)
+            if found is not None:
+                raise ValueError(f"{found} needs held-out rows; write data.eval: [{{path: held-out.jsonl}}], or take it out")
             return self
         lacking = {
             "data.eval: [{path: held-out.jsonl}]": not self.data.eval,

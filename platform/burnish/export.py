@@ -95,7 +95,9 @@ def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
     if folder.exists():
         if _origin(folder) == origin:
             return folder
-        raise RecipeError(f"{folder}: exists and is no export of step {origin.step} of {run}; name another folder")
+        raise RecipeError(
+            f"{folder}: {_held(_origin(folder))}, not {_held(origin)}; name another folder: burnish export {run} FOLDER"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -145,6 +147,14 @@ def _origin(folder: Path) -> Origin | None:
         return Origin(**json.loads((folder / "export.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _held(origin: Origin | None) -> str:
+    """What a folder is, for people."""
+    if origin is None:
+        return "exists and is no export"
+    merged = "with its adapter merged, " if origin.merged else ""
+    return f"step {origin.step} of run {origin.run!r}, {merged}contract {origin.behaviour_sha256[:8]}"
 
 
 def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ from burnish.data.packing import Sample
 from burnish.data.template import Template
 from burnish.data.tokenizer import load_template
 from burnish.errors import RecipeError
-from burnish.preview import PreviewRow, rows
+from burnish.preview import FILTERED, PreviewRow, rows
+from burnish.sections import FiltersSpec
 from burnish.train.ledger import replace_text
 from burnish.train.model import check_model
 
@@ -55,8 +56,9 @@ def page(recipe: Recipe, template: Template, previewed: Sequence[PreviewRow]) ->
         f"{escape(recipe.model.path)}; trained text is <b>green</b>, the rest <i>grey</i>; point at a token to see its id"
     )
     refused = f"<h2>Refused rows by code</h2>{html.table(codes.most_common())}" if codes else ""
+    filters = "" if recipe.data.filters == FiltersSpec() else f"<p class=dim>{escape(FILTERED)}</p>"
     body = (
-        f"{html.facts(facts)}{refused}{_lengths([len(sample) for sample in samples])}<h2>Rows</h2>"
+        f"{html.facts(facts)}{filters}{refused}{_lengths([len(sample) for sample in samples])}<h2>Rows</h2>"
         f"{''.join(_row(row, template) for row in previewed)}"
     )
     return html.document(f"{recipe.name}: what is trained", subtitle, body, _SCRIPT)

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,10 @@ from burnish.data.packing import Sample
 from burnish.data.pipeline import render_row
 from burnish.data.template import Template
 from burnish.data.tokenizer import load_template
+from burnish.sections import FiltersSpec, SourceSpec
 from burnish.train.model import check_model
+
+FILTERED = "data.filters may leave out some of these rows; `burnish plan` counts them"
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,25 @@ class PreviewRow:
 
 
 def rows(recipe: Recipe, limit: int | None = None, template: Template | None = None) -> Iterator[PreviewRow]:
-    """The first `limit` rows of the training files in file order, each once, rendered as training will render them."""
+    """The first `limit` rows, one of each source in turn, rendered as training will render them.
+
+    Each stands once, whatever its weight, and those too that data.filters leave out.
+    """
     if template is None:
         check_model(recipe)
         template = load_template(recipe)
-    index = sources.index(
-        [source.model_copy(update={"weight": 1.0}) for source in recipe.data.train], recipe.data.window_rows
-    )
-    source_rows = ((part.row_name(at), row) for part in index.slices for at, row in sources.read(part))
-    for name, row in islice(source_rows, limit):
+    turns = zip_longest(*(_read(source, recipe.data.window_rows) for source in recipe.data.train))
+    for name, row in islice((each for turn in turns for each in turn if each is not None), limit):
         try:
             yield PreviewRow(name, None, tuple(render_row(row, template, recipe)))
         except Refused as refusal:
             yield PreviewRow(name, refusal, ())
+
+
+def _read(source: SourceSpec, window_rows: int) -> Iterator[tuple[str, Any]]:
+    """The rows of a source by name, in the order of its files."""
+    index = sources.index([source.model_copy(update={"weight": 1.0})], window_rows)
+    return ((part.row_name(at), row) for part in index.slices for at, row in sources.read(part))
 
 
 def show(recipe: Recipe, limit: int) -> None:
@@ -73,6 +82,8 @@ def show(recipe: Recipe, limit: int) -> None:
     refused = ", ".join(f"{code} {count}" for code, count in codes.items()) or "none"
     console.rule()
     console.print(f"{tokens} tokens, {share} trained (green, or between {{+ and +}}); refused: {refused}", markup=False)
+    if recipe.data.filters != FiltersSpec():
+        console.print(FILTERED)
 
 
 def _coloured(sample: Sample, template: Template, colour: bool) -> Text:

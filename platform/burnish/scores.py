@@ -22,7 +22,7 @@ def score(path: Path, tasks: Sequence[str], limit: int | None = None, include: P
     no export, for a task that is not known or cannot be read, and what `Chat.open` raises.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("--tasks: lm-eval is not installed; write pip install 'burnish[eval]'")
+        raise RecipeError("--tasks: lm-eval is not installed; write pip install -e '.[eval]'")
     folder = path / "export" if (path / "export").is_dir() else path
     if not (folder / "export.json").exists():
         raise RecipeError(f"{folder}: is no export; first type: burnish export {path}")

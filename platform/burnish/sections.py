@@ -13,12 +13,31 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from burnish.errors import RecipeError, one_line
 
 
+def _words(annotation: Any) -> set[str]:
+    """The names in a type, for example {"bool", "Literal"}."""
+    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return set(re.findall(r"\w+", shown))
+
+
 class Spec(BaseModel):
     """One section of a recipe; frozen, closed, and documented field by field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_switch_is_a_number(cls, tree: Any) -> Any:
+        """Raises ValueError for true or false where a number stands, which they would pass for: 1 or 0."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and not {"bool", "Any"} & _words(field.annotation):
+                found = str(value).lower()
+                raise ValueError(
+                    f"{name}: takes no true or false (found {found}); write its value, as docs/recipe.md has it"
+                )
+        return tree
 
 
 class ModelSpec(Spec):
@@ -27,14 +46,14 @@ class ModelSpec(Spec):
     path: str
     """Folder or Hub id of a Hugging Face causal language model with its tokenizer."""
     revision: str | None = None
-    """Commit of a Hub model; null takes the newest."""
+    """Commit of a Hub model; null takes the newest when a run starts, and stays at it."""
     trust_remote_code: bool = False
     """Run the code that a Hub model brings; needs `revision`, a whole commit of 40 hex digits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights in training."""
     quantize: Literal["int8", "nf4"] | None = None
     """Format in which the frozen linear layers are kept in training, the head apart; needs adapters and bitsandbytes. int8
-    rounds what goes into a layer too, token by token. What is exported stands on the base as its files have it."""
+    quantises activations too, token by token. An export stands on the base as its files have it, not quantised."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Kernel for packed rows: auto takes flash-attn on a GPU where it is installed, else torch's own varlen kernel there,
     and sdpa by document elsewhere."""
@@ -154,6 +173,16 @@ class SourceSpec(Spec):
         _refuse_credentials("path", self.path)
         return self
 
+    @model_validator(mode="after")
+    def a_data_set_has_a_split(self) -> "SourceSpec":
+        """Raises ValueError for keys of a data set beside files, which would all be read whatever these keys say."""
+        for name, value in (("subset", self.subset), ("revision", self.revision)):
+            if value is not None and self.split is None:
+                raise ValueError(
+                    f"{name}: belongs to a Hugging Face data set (found {value!r}); name its split too: split: train"
+                )
+        return self
+
 
 class FiltersSpec(Spec):
     """Rows that are left out although they could be trained; `burnish plan` counts them all, named here or not."""
@@ -168,7 +197,7 @@ class FiltersSpec(Spec):
     min_trained_share: float | None = Field(None, gt=0, lt=1)
     """Leave out rows of whose tokens a smaller share is trained."""
     decontaminate: tuple[str, ...] = ()
-    """Evaluation files, in any form that a source may have; rows that share a run of words with them are left out."""
+    """Evaluation files, folders or globs, here or remote; rows that share a run of words with them are left out."""
     decontaminate_words: int = Field(13, ge=5)
     """Words in such a run."""
 
@@ -183,7 +212,8 @@ class DataSpec(Spec):
     max_length: int = Field(4096, ge=8)
     """Tokens in a pack; a longer conversation is overlong."""
     train_on: Literal["assistant", "last_assistant"] = "assistant"
-    """Which answers bear loss: every assistant turn, or only the last of each conversation."""
+    """Which answers bear loss: every assistant turn, or only the last of each conversation. A message with `train: false` or
+    `weight: 0` bears none, nor do answers within a list under `prompt`."""
     history: Literal["serve_exact", "last_turn"] = "serve_exact"
     """Where a template rewrites earlier turns: serve_exact gives each turn a sample with the context that serving shows it;
     last_turn trains only the turns that share the last one's context."""
@@ -208,7 +238,7 @@ class OptimSpec(Spec):
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from its peak to zero over the run."""
+    """How the learning rate goes on from its peak: cosine and linear fall to zero over the run, constant stays."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)
@@ -231,7 +261,7 @@ class TrainSpec(Spec):
     early_stopping: int | None = Field(None, ge=1)
     """Evaluations in a row without a smaller held-out loss after which training ends; null trains to the end. Needs
     `checkpoint.best: eval/loss`, which keeps the weights that were better."""
-    generations: int = Field(2, ge=0)
+    generations: int = Field(2, ge=0, le=64)
     """Held-out conversations to whose last question the model writes an answer before training and at each evaluation."""
     generation_tokens: int = Field(64, ge=1)
     """Tokens of such an answer at most; each takes a forward pass."""
@@ -277,8 +307,8 @@ class ScaleSpec(Spec):
     """by_role renders and packs on nodes labelled `node-role: data` and trains on those labelled `node-role: train`; any
     takes every node; auto means by_role where nodes of both labels are there at the start."""
     stall_seconds: float = Field(1800, gt=0)
-    """Seconds without a batch until the run ends and says which stage of the data is starved; the same command goes on. A
-    quarter more without a step, and workers that hang are named and started again."""
+    """Seconds without a batch until the run ends and says which stage of the data is starved; the same command goes on.
+    Where no step ends for a quarter longer, the worker that hangs is named, and all are started again."""
 
     def bounds(self) -> tuple[int, int]:
         """The fewest and the most workers."""

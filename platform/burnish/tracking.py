@@ -69,13 +69,15 @@ def resolve(uri: str) -> str:
 
 
 def open_run(recipe: Recipe, known_id: str | None, parent_id: str | None = None) -> str | None:
-    """The id of the recipe's MLflow run: the known one gone on with, or a new one. None without MLflow, or in an outage."""
+    """The id of the recipe's MLflow run: the known one gone on with, or a new one where the server has no such run.
+
+    None without MLflow, or in an outage.
+    """
     if recipe.tracking.uri is None:
         return None
     with forgiving("opening the run"):
         client = _client(recipe.tracking.uri)
-        if known_id is not None:
-            client.update_run(known_id, status="RUNNING")
+        if known_id is not None and _goes_on(client, known_id):
             return known_id
         experiment = client.get_experiment_by_name(recipe.tracking.experiment)
         experiment_id = experiment.experiment_id if experiment else _create_experiment(client, recipe)
@@ -83,6 +85,20 @@ def open_run(recipe: Recipe, known_id: str | None, parent_id: str | None = None)
         run = client.create_run(experiment_id, tags=tags, run_name=recipe.name)
         return str(run.info.run_id)
     return None
+
+
+def _goes_on(client: Any, run_id: str) -> bool:
+    """Marks a run as running; False where this server never had it. Raises what MLflow raises."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        logger.warning("MLflow has no run %s at tracking.uri; a new one gets everything", run_id)
+        return False
+    return True
 
 
 def describe(recipe: Recipe, run_id: str | None, tags: dict[str, str], files: list[Path], digests: dict[str, str]) -> None:

@@ -87,7 +87,12 @@ def test_a_worker_without_memory_ends_the_run_with_advice_and_the_same_command_s
     assert run.wait() == 5, run.said()
     found = re.search(r"out of memory in step \d+, \d+ tokens in a pack, float32, ZeRO-3: .*\. (Write .*)", run.said())
     assert found, run.said()
-    keys = ("model.activation_checkpointing: true", "model.dtype: bfloat16", "data.max_length: 80", "lora: {rank: 16}")
+    keys = (
+        "model.activation_checkpointing: true",
+        "under a new name model.dtype: bfloat16",
+        "data.max_length: 80",
+        "lora: {rank: 16}",
+    )
     assert found[1] == f"Write {', or '.join(keys)}, or take more workers"
     assert json.loads((run.folder / "failed.json").read_text())["error"] == "OutOfMemory"
 

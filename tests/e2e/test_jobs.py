@@ -12,21 +12,26 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from burnish.config import load
 from burnish.train.checkpoint import newest
 from burnish.train.ledger import lines
+from burnish.train.prepare import check_same_recipe
 from burnish.train.shelf import Shelf
 from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, write_rows
 
 pytestmark = pytest.mark.e2e
 
 
-def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(ray_folder, make_recipe, tmp_path):
+def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(
+    ray_folder, make_recipe, model_folder, tmp_path, monkeypatch
+):
     from mlflow.tracking import MlflowClient
 
     held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 56)])
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     recipe = make_recipe(
         lora={"rank": 2},
+        model={"path": os.path.relpath(model_folder, tmp_path)},
         data={"eval": [{"path": str(held_out)}]},
         train={"max_steps": 4, "eval_every_steps": 2},
         tracking={"uri": uri},
@@ -36,7 +41,7 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(ray_f
     path = tmp_path / "sweep.yaml"
     path.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "burnish.cli", "sweep", str(path)]
-    done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True)
+    done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {"status", "run", "run_id", "steps", "checkpoint", "metrics"} <= set(result)
@@ -53,6 +58,8 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(ray_f
     nested = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == result["run_id"]]
     assert len(runs) == 3 and len(nested) == 2
     assert all(each.info.status in ("FINISHED", "KILLED") for each in runs)
+    monkeypatch.chdir(tmp_path)
+    check_same_recipe(load(path), tmp_path / "runs/small")  # the same command goes on
 
 
 class Jobs:

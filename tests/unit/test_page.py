@@ -3,9 +3,28 @@
 import json
 import re
 from html import unescape
+from pathlib import Path
 
 from burnish.cli import main
+from burnish.preview import FILTERED
 from tests.conftest import conversation, write_rows
+
+
+def test_sources_take_turns_and_filters_are_named(make_recipe, tmp_path, capsys):
+    files = [
+        write_rows(tmp_path / f"{name}.jsonl", [conversation(i) for i in range(count)])
+        for name, count in (("a", 3), ("b", 1))
+    ]
+    sources = [{"path": str(file)} for file in files]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(data={"train": sources, "filters": {"exact_duplicates": True}}).to_yaml())
+    assert main(["preview", str(recipe), "--json"]) == 0
+    named = [Path(json.loads(line)["row"]).name for line in capsys.readouterr().out.splitlines()]
+    assert named == ["a.jsonl#0", "b.jsonl#0", "a.jsonl#1", "a.jsonl#2"]
+    assert main(["preview", str(recipe)]) == 0
+    assert FILTERED in " ".join(capsys.readouterr().out.split())
+    assert main(["preview", str(recipe), "--html", str(tmp_path / "see.html")]) == 0
+    assert FILTERED in (tmp_path / "see.html").read_text()
 
 
 def test_the_page_shows_each_token_and_each_refusal_and_runs_no_text_of_the_data(make_recipe, tmp_path, capsys):

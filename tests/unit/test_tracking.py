@@ -61,6 +61,16 @@ def test_a_resume_and_a_late_delivery_send_each_line_once(run, make_recipe):
     assert sorted(history()) == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 3.5), (4, 4.5)]
 
 
+def test_a_run_that_the_server_does_not_have_is_opened_anew(make_recipe, tmp_path):
+    recipe = make_recipe(tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    first = tracking.open_run(recipe, None)
+    assert tracking.open_run(recipe, first) == first
+    elsewhere = make_recipe(tracking={"uri": f"sqlite:///{tmp_path}/other.db"})
+    other = tracking.open_run(elsewhere, first)
+    assert other not in (None, first)
+    assert tracking.open_run(elsewhere, other) == other
+
+
 def test_many_lines_are_sent_in_several_batches(run):
     uri, run_id, folder, history = run
     with open(folder / "metrics.jsonl", "w") as file:

@@ -36,13 +36,14 @@ class Syntax:
     `sha256` is blind to comments, to spacing inside tags and to quoting. `literals` are its string constants of two
     characters and more, the longest first. `names` are all names and strings by which it may reach a field of a message.
     `variables` are the names that the one who renders may set: those that the template never sets itself, or asks whether
-    they are defined, or gives a default.
+    they are defined, or gives a default. `mentioned` are all names of variables that stand in it, its own too.
     """
 
     sha256: str
     literals: tuple[str, ...]
     names: frozenset[str]
     variables: frozenset[str]
+    mentioned: frozenset[str]
     reads_clock: bool
 
 
@@ -72,6 +73,7 @@ def parse(source: str) -> Syntax:
         literals=tuple(sorted((text for text in constants if len(text.strip()) > 1), key=lambda text: (-len(text), text))),
         names=frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)}),
         variables=frozenset((undeclared - own | undeclared & asked) - _GIVEN),
+        mentioned=frozenset(node.name for node in tree.find_all(nodes.Name)),
         reads_clock="strftime_now" in undeclared,
     )
 

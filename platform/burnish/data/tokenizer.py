@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template, _plain_template_data
 
+from burnish.complaint import nearest
 from burnish.config import Recipe
 from burnish.data import syntax
 from burnish.data.contract import renders
@@ -57,11 +58,21 @@ def load_template(recipe: Recipe, date: str | None = None) -> Template:
 
     `date` is the day (ISO) of a run that was started before, shown where the template reads the clock.
     Raises DataError where there is no chat template, or where a stop token is not one token of the vocabulary,
-    RecipeError where the tokenizer needs code that the recipe does not trust.
+    RecipeError where the tokenizer needs code that the recipe does not trust, or the template does not know a variable.
     """
     tokenizer = _load(recipe)
+    source = _source(recipe, tokenizer)
+    _check_variables(recipe, syntax.parse(source))
     fixed = recipe.template.date.isoformat() if recipe.template.date else date
-    return dated(tokenizer, _source(recipe, tokenizer), recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
+    return dated(tokenizer, source, recipe.template.kwargs, _stop_ids(recipe, tokenizer), fixed)
+
+
+def _check_variables(recipe: Recipe, template: syntax.Syntax) -> None:
+    """Raises RecipeError for a variable that the template never looks at, so that it would render as without it."""
+    for name in recipe.template.kwargs:
+        if name not in template.mentioned:
+            near, known = nearest(name, template.variables), ", ".join(sorted(template.variables)) or "none"
+            raise RecipeError(f"template.kwargs: the chat template reads no {name!r}{near}; it reads {known}")
 
 
 def _load(recipe: Recipe) -> Any:

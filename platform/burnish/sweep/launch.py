@@ -65,7 +65,7 @@ def _sweep(
     check_same_recipe(recipe, folder)
     prepare(recipes[0])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "recipe.yaml").write_text(recipe.located().to_yaml())
     parent = _open_parent(recipe, folder)
     with connected(recipe.widths()[0] * (spec.concurrent or 1), dashboard=True):
         concurrent = min(len(recipes), spec.concurrent or _places(recipe))
@@ -109,7 +109,7 @@ def _open_parent(recipe: Recipe, folder: Path) -> str | None:
     path = folder / "mlflow.json"
     known = str(json.loads(path.read_text())["run_id"]) if path.exists() else None
     parent = tracking.open_run(recipe, known)
-    if parent is not None and known is None:
+    if parent is not None and parent != known:
         write_json(path, {"run_id": parent})
         tracking.describe(recipe, parent, {"burnish.sweep": recipe.name}, [folder / "recipe.yaml"], {})
     return parent

@@ -62,7 +62,7 @@ def register(
 def _missing_for_flash(cuda: bool, half: bool, heads: Collection[tuple[int, int]]) -> str | None:
     """Why flash-attn cannot run, or None."""
     if importlib.util.find_spec("flash_attn") is None and cuda and half:
-        return "flash-attn is not installed (pip install 'burnish[gpu]')"
+        return "flash-attn is not installed (pip install --no-build-isolation -e '.[gpu]')"
     return _unfit(cuda, half, heads)
 
 

@@ -33,8 +33,8 @@ def check_loss(recipe: Recipe, step: int, meta: StepMeta, loss: float, grad_norm
     packs = ", ".join(map(str, meta.packs))
     raise TrainingError(
         f"the loss of step {step} is {loss:.6g}{why}, its gradient norm {grad_norm:.6g}; its packs (epoch, window, index) "
-        f"are {packs}. Lower optim.learning_rate, now {recipe.optim.learning_rate:g}, or raise optim.warmup_steps; the "
-        "checkpoints before it stand"
+        f"are {packs}. Lower optim.learning_rate, now {recipe.optim.learning_rate:g}, or raise optim.warmup_steps, under a "
+        "new name; the checkpoints before it stand"
     )
 
 
@@ -65,17 +65,17 @@ def memory_advice(recipe: Recipe, step: int, tokens: int) -> Iterator[None]:
 
 
 def memory_options(recipe: Recipe) -> str:
-    """What a recipe can change to need less memory on a worker, what costs least first."""
+    """What a recipe can change to need less memory on a worker, what costs least first; the rest under a new name."""
     options = []
     if recipe.model.activation_checkpointing is not True:
         options.append("model.activation_checkpointing: true")
     if recipe.engine.zero_stage != 3 and recipe.model.quantize is None:
         options.append("engine.zero_stage: 3")
-    if recipe.model.dtype == "float32":
-        options.append("model.dtype: bfloat16")
-    options.append(f"data.max_length: {recipe.data.max_length // 2}")
+    renamed = ["model.dtype: bfloat16"] if recipe.model.dtype == "float32" else []
+    renamed.append(f"data.max_length: {recipe.data.max_length // 2}")
     if recipe.lora is None:
-        options.append("lora: {rank: 16}")
+        renamed.append("lora: {rank: 16}")
+    options.append(f"under a new name {', or '.join(renamed)}")
     return f"Write {', or '.join(options)}, or take more workers"
 
 

@@ -75,7 +75,7 @@ def _train_once(
     if finished is not None:
         return _delivered(finished, prepared, home, parent_id)
     started_from = tombstone.fingerprint(prepared.recipe.located().to_yaml(), digests(prepared))
-    tombstone.check(folder, started_from)
+    tombstone.check(folder, started_from, home.path(tombstone.FILE))
     try:
         return _train(prepared, home, watch, callbacks, parent_id)
     except BurnishError as error:
@@ -131,7 +131,8 @@ def _open_tracking(prepared: Prepared, folder: Path, parent_id: str | None) -> s
     path = folder / "mlflow.json"
     known = json.loads(path.read_text())["run_id"] if path.exists() else None
     run_id = tracking.open_run(prepared.recipe, known, parent_id)
-    if run_id is not None and known is None:
+    if run_id is not None and run_id != known:
+        (folder / tracking.DELIVERED).unlink(missing_ok=True)
         write_json(path, {"run_id": run_id})
         contract = prepared.contract
         tags = {
@@ -157,7 +158,7 @@ def _finish(recipe: Recipe, home: Home, run_id: str | None) -> Result:
             f"{recipe.run_place()}: the run ended without a checkpoint that verifies; start it again under a new name"
         )
     if last.progress.step == 0:
-        raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {folder / 'refused.jsonl'}")
+        raise DataError(f"data.train: no row of run {recipe.name!r} could be trained; see {home.path('refused.jsonl')}")
     append(folder / "metrics.jsonl", {"step": last.progress.step, "time": time.time(), **goodput.account(folder)})
     metrics: dict[str, float] = {}
     for line in lines(folder / "metrics.jsonl"):

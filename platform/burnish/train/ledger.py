@@ -30,9 +30,11 @@ class Ledger:
     folder: Path
     seen: dict[str, str]
     max_refused_rows: float
+    reasons: str
+    """What a person would write to name the file of refused rows."""
 
     @classmethod
-    def open(cls, folder: Path, step: int, max_refused_rows: float) -> "Ledger":
+    def open(cls, folder: Path, step: int, max_refused_rows: float, reasons: str = "refused.jsonl") -> "Ledger":
         """The records of a run that goes on after `step`; lines of later steps and torn lines are removed."""
         for name in ("ledger.jsonl", "metrics.jsonl", "generations.jsonl"):
             kept = [line for line in lines(folder / name) if line["step"] <= step]
@@ -40,7 +42,7 @@ class Ledger:
             _rewrite(folder / name, kept if step or name != "generations.jsonl" else [])
         refused = list(lines(folder / "refused.jsonl")) if step else []
         _rewrite(folder / "refused.jsonl", refused)
-        return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows)
+        return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows, reasons)
 
     def record(self, step: int, meta: StepMeta, loss: float, metrics: dict[str, float]) -> None:
         """Appends one step to all records. Raises DataError when more rows are refused than the recipe allows."""
@@ -72,7 +74,7 @@ class Ledger:
             if refusal["row"] not in self.seen:
                 self.seen[refusal["row"]] = refusal["code"]
                 append(self.folder / "refused.jsonl", refusal)
-        check_refused(Counter(self.seen.values()), self.max_refused_rows, str(self.folder / "refused.jsonl"))
+        check_refused(Counter(self.seen.values()), self.max_refused_rows, self.reasons)
 
     def refused(self) -> dict[str, float]:
         """Rows refused so far, by code, as metrics."""

@@ -63,7 +63,7 @@ def _train(attempt: Attempt, home: Home) -> None:
     device = torch.cuda.get_device_name(engine.device) if attempt.cuda else "CPU"
     meter = Meter(pack_cost(recipe), peak_flops(device, recipe.model.dtype))
     worker = Worker(attempt, home, engine, objective, watchdog, meter)
-    records = Records(attempt, home.folder) if dist.get_rank() == 0 else None
+    records = Records(attempt, home) if dist.get_rank() == 0 else None
     if records and needed:
         records.measure(progress.step, told(recipe, needed))
     saver = Saver(worker)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from transformers import AutoConfig
@@ -113,6 +114,11 @@ def model_digest(path: str) -> str | None:
                 stream.seek(block * (size - (64 << 10)) // 63)
                 digest.update(stream.read(64 << 10))
     return digest.hexdigest()
+
+
+def newest_commit(path: str) -> str:
+    """The commit at which a Hub model stands now, whose configuration has been read."""
+    return Path(hf_hub_download(path, "config.json")).parent.name
 
 
 def embedded_tokens(recipe: Recipe) -> int:

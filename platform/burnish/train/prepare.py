@@ -27,7 +27,7 @@ from burnish.tracking import DELIVERED
 from burnish.train.attempt import STOP_FILE
 from burnish.train.home import Home
 from burnish.train.ledger import check_refused, replace_text
-from burnish.train.model import check_model, embedded_tokens, model_digest, pack_cost, unembedded
+from burnish.train.model import check_model, embedded_tokens, model_digest, newest_commit, pack_cost, unembedded
 from burnish.train.quantized import check_quantized
 
 CONTRACT_ROWS = 64
@@ -35,8 +35,8 @@ CONTRACT_ROWS = 64
 HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = {
-    "data.train", "data.eval", "data.cache", "data.filters.decontaminate", "template.path", "train.self_test",
-    "model.attention", "model.activation_checkpointing", "train.early_stopping", "train.generations",
+    "data.train", "data.eval", "data.cache", "data.max_refused", "data.filters.decontaminate", "template.path",
+    "model.attention", "model.activation_checkpointing", "train.self_test", "train.early_stopping", "train.generations",
     "train.generation_tokens",
 }  # fmt: skip
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
@@ -69,10 +69,12 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
 
     `home` is where the run lives, with its records, if it was started before.
     """
+    home = home or Home.of(recipe)
     check_model(recipe)
+    recipe = _pinned(recipe, home)
     check_quantized(recipe)
     _check_trained_tokens(recipe)
-    template = load_template(recipe, _started_on(home or Home.of(recipe)))
+    template = load_template(recipe, _started_on(home))
     train_index = sources.index(recipe.data.train, recipe.data.window_rows)
     eval_index = sources.index(recipe.data.eval, recipe.data.window_rows) if recipe.data.eval else None
     named = [SourceSpec(path=path) for path in recipe.data.filters.decontaminate]
@@ -83,6 +85,21 @@ def prepare(recipe: Recipe, home: Home | None = None) -> Prepared:
     masks = {"rows": head.rows, "refused": dict(head.codes), "tokens": head.tokens, "trained_tokens": head.trained}
     contract = Contract.of(template, masks, head.digests)
     return Prepared(recipe, template, contract, train_index, eval_index, evaluation, questions)
+
+
+def _pinned(recipe: Recipe, home: Home) -> Recipe:
+    """The recipe with the commit of a Hub model: the one that its run was started with, else the newest.
+
+    Every worker, every later start and the export then have the same weights, though the Hub may have others by then.
+    """
+    if recipe.model.revision is not None or Path(recipe.model.path).expanduser().is_dir():
+        return recipe
+    if _has_trained(home):
+        model = load(home.folder / "recipe.yaml").model
+        commit = model.revision if model.path == recipe.model.path else None
+    else:
+        commit = newest_commit(recipe.model.path)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
 
 
 def _check_trained_tokens(recipe: Recipe) -> None:
@@ -192,8 +209,8 @@ def check_same_filters(kept: Index, home: Home) -> None:
     path = home.folder / "filters.json"
     if _has_trained(home) and path.exists() and json.loads(path.read_text()) != now:
         raise DataError(
-            f"name: data.filters leave out other rows than at the start of this run ({path}); the code that compares rows "
-            "has changed. Choose a new name, or go on with the versions that the run was started with"
+            f"name: data.filters leave out other rows than at the start of this run ({home.path(path.name)}); the code that "
+            "compares rows has changed. Choose a new name, or go on with the versions that the run was started with"
         )
     write_json(path, now)
 

@@ -18,7 +18,7 @@ def check_quantized(recipe: Recipe) -> None:
     if recipe.model.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(
             f"model.quantize: {recipe.model.quantize} needs bitsandbytes, which is not installed; write "
-            "pip install 'burnish[quantize]', or model.quantize: null"
+            "pip install -e '.[quantize]', or model.quantize: null"
         )
 
 

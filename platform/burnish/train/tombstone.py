@@ -8,7 +8,7 @@ from burnish import errors
 from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped
 from burnish.train.ledger import replace_text
 
-_FILE = "failed.json"
+FILE = "failed.json"
 
 
 def fingerprint(recipe_yaml: str, digests: dict[str, str]) -> str:
@@ -20,20 +20,23 @@ def bury(folder: Path, error: BaseException, started_from: str) -> None:
     """Notes an error that would come again: not one of a machine or cluster, not a stop, not of the command line."""
     if isinstance(error, BurnishError) and not isinstance(error, InfrastructureError | RecipeError | Stopped):
         note = {"error": type(error).__name__, "message": str(error), "started_from": started_from}
-        replace_text(folder / _FILE, json.dumps(note, indent=2) + "\n")
+        replace_text(folder / FILE, json.dumps(note, indent=2) + "\n")
 
 
-def check(folder: Path, started_from: str) -> None:
-    """Raises the error with which this run failed for good; forgets it where the run is started from something else."""
+def check(folder: Path, started_from: str, shown: str) -> None:
+    """Raises the error with which this run failed for good; forgets it where the run is started from something else.
+
+    `shown` is what a person would write to name the note.
+    """
     try:
-        note = json.loads((folder / _FILE).read_text())
+        note = json.loads((folder / FILE).read_text())
         kind, message, was = getattr(errors, note["error"]), note["message"], note["started_from"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return
     if was != started_from:
-        (folder / _FILE).unlink(missing_ok=True)
+        (folder / FILE).unlink(missing_ok=True)
         return
     raise kind(
         f"{message} (This run failed so before, and nothing of its recipe and data has changed, so nothing was started. "
-        f"To try it again as it is, delete {folder / _FILE})"
+        f"To try it again as it is, delete {shown})"
     )

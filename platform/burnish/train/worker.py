@@ -1,7 +1,6 @@
 """What one training worker has: its engine, its objective, and on world rank 0 the records of the run."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from burnish.config import Recipe
@@ -36,9 +35,10 @@ class Worker:
 class Records:
     """World rank 0's records: the run folder's files, and MLflow."""
 
-    def __init__(self, attempt: Attempt, folder: Path) -> None:
-        recipe = attempt.recipe
-        self._ledger = Ledger.open(folder, attempt.progress.step, recipe.data.max_refused * attempt.num_rows)
+    def __init__(self, attempt: Attempt, home: Home) -> None:
+        recipe, folder = attempt.recipe, home.folder
+        allowed = recipe.data.max_refused * attempt.num_rows
+        self._ledger = Ledger.open(folder, attempt.progress.step, allowed, home.path("refused.jsonl"))
         self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, folder)
 
     def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:

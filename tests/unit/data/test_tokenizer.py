@@ -1,6 +1,7 @@
 """Templates are rendered without transformers' copies of every message, and give what transformers gives."""
 
 import datetime
+import re
 
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -8,8 +9,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from burnish.data.contract import renders
 from burnish.data.conversation import Conversation, Refused
 from burnish.data.template import Template
-from burnish.data.tokenizer import _Direct, dated
-from burnish.errors import DataError
+from burnish.data.tokenizer import _Direct, dated, load_template
+from burnish.errors import DataError, RecipeError
 from burnish.preview import rows
 from burnish.train.prepare import prepare
 from tests.conftest import CHATML, make_tokenizer
@@ -54,6 +55,16 @@ def test_a_rows_variable_cannot_hide_what_the_template_is_shown():
     template = dated(tokenizer, CHATML, {}, frozenset([tokenizer.eos_token_id]), None)
     with pytest.raises(Refused, match=r"multiple values .* 'messages'"):
         template.text(conversation.messages, conversation, prompt=True)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(make_recipe, tmp_path):
+    template = tmp_path / "thinking.jinja"
+    template.write_text("{%- if enable_thinking is defined and not enable_thinking %}!{%- endif %}" + CHATML)
+    given = {"path": str(template), "kwargs": {"enable_thinking": False}}
+    assert load_template(make_recipe(template=given)).kwargs == {"enable_thinking": False}
+    words = "no 'enable_thinkin'; did you mean 'enable_thinking'?; it reads enable_thinking"
+    with pytest.raises(RecipeError, match=re.escape(f"template.kwargs: the chat template reads {words}")):
+        load_template(make_recipe(template={**given, "kwargs": {"enable_thinkin": False}}))
 
 
 ESCAPES = {

@@ -68,6 +68,32 @@ def test_a_run_does_not_go_on_with_code_that_it_was_not_started_with(started):
         check_same_recipe(recipe.model_copy(update={"model": trusting}), folder)
 
 
+def test_a_hub_model_stays_at_the_commit_with_which_its_run_started(make_recipe, model_folder, tmp_path, monkeypatch):
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    cached = hub / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+
+    def publish(commit):
+        shutil.copytree(model_folder, cached / "snapshots" / commit)
+        (cached / "refs" / "main").write_text(commit)
+
+    publish("1" * 40)
+    recipe = make_recipe(model={"path": "owner/name"})
+    prepared, home = prepare(recipe), Home.of(recipe)
+    assert prepared.recipe.model.revision == "1" * 40
+    make_run_folder(home.folder)
+    write_run_folder(prepared, home)
+    publish("2" * 40)
+    assert prepare(recipe).recipe.model.revision == "2" * 40, "nothing is trained yet"
+    (home.folder / "checkpoints" / "step-00000002").mkdir()
+    again = prepare(recipe)
+    assert again.recipe.model.revision == "1" * 40
+    check_same_run(again, home)
+    with pytest.raises(RecipeError, match=r"model.revision: '1+' became '2+'"):
+        check_same_run(prepare(make_recipe(model={"path": "owner/name", "revision": "2" * 40})), home)
+
+
 def test_filters_that_leave_out_other_rows_when_a_run_goes_on_are_refused(started):
     recipe, folder = started
     index = prepare(recipe).train
@@ -188,7 +214,7 @@ def test_adapters_on_a_weight_that_input_and_output_share_are_refused(make_recip
 def test_a_run_that_goes_on_notes_what_was_free_to_change(started):
     recipe, folder = started
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "recipe.yaml"}
-    other = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"best": "eval/loss"})})
+    other = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"best": "train/loss"})})
     check_same_run(prepare(other), Home(folder))
     write_run_folder(prepare(other), Home(folder))
     assert load(folder / "recipe.yaml") == other.located()
