@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,11 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
     Raises Stopped where a stop was asked for, InfrastructureError where workers are lost again and again without a step in
     between, and what an attempt raised that another one would raise again.
     """
+    with _stop_on_signal(run.home.folder) as stops:
+        _until_done(run, watch, stops)
+
+
+def _until_done(run: Run, watch: Watch | None, stops: list[int]) -> None:
     failures, reached, folder = 0, -1, run.home.folder
     while True:
         start = _start(run.home)
@@ -66,14 +71,18 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
         failures = failures if step == reached else 0
         reached = step
         workers = width(run.prepared.recipe, run.cuda)
+        if stops:
+            raise Stopped("stopped before an attempt began; the newest checkpoint stands")
         goodput.begin(folder, step, workers)
         run.home.settle()
         why, stages = "failed", Stages()
         try:
-            with _stop_on_signal(folder) as stops, run.home.courier("metrics.jsonl"):
+            with run.home.courier("metrics.jsonl"):
                 try:
                     _watched(partial(_fit, run, start, workers, stages), run, watch, stages)
                 finally:
+                    with suppress(InfrastructureError):
+                        run.home.look(STOP_FILE)
                     if (folder / STOP_FILE).exists():
                         stops.append(signal.SIGTERM)
             why = "stopped" if stops else "finished"
@@ -83,7 +92,7 @@ def attempt_until_done(run: Run, watch: Watch | None) -> None:
             reason = decide(error, run.prepared.recipe) or _given_up(error, run, step, workers, failures)
             smaller = _smaller(run, workers) if isinstance(reason, OutOfMemory) else None
             if smaller is not None:
-                run, lost = smaller
+                (run, lost), failures = smaller, 0
             elif reason is not None:
                 raise reason from error
             else:

@@ -7,6 +7,7 @@ and a command that finds one waits as long.
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -30,15 +31,25 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(place: str) -> Iterator[None]:
-    """While the block runs, no other command trains at the place. Raises RecipeError where another one renews its claim."""
+    """While the block runs, no other command trains at the place. Raises RecipeError where another one renews its claim.
+
+    Where another one claims it all the same, since it began in the same moment or this one was out of reach for too long,
+    this process is asked to stop (SIGTERM).
+    """
     _await_end(place)
-    _claim(place)
+    ours = uuid.uuid4().hex
+    _claim(place, ours)
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(LEASE_SECONDS / 6):
             with suppress(InfrastructureError):
-                _claim(place)
+                holder = _claimed_by(place)
+                if holder is not None and holder.get("command") != ours:
+                    logger.error("process %s on %s trains at %s too; stopping", holder["process"], holder["host"], place)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                _claim(place, ours)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -47,17 +58,18 @@ def claimed(place: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with suppress(OSError):
-            system, base = files.filesystem(place)
-            system.delete_file(f"{base}/{CLAIM}")
+        with suppress(OSError, InfrastructureError):
+            if (_claimed_by(place) or {}).get("command") == ours:
+                system, base = files.filesystem(place)
+                system.delete_file(f"{base}/{CLAIM}")
 
 
-def _claim(place: str) -> None:
-    ours = {"host": socket.gethostname(), "process": os.getpid(), "renewed": uuid.uuid4().hex}
+def _claim(place: str, command: str) -> None:
+    claim = {"host": socket.gethostname(), "process": os.getpid(), "command": command, "renewed": uuid.uuid4().hex}
     with reaching(place):
         system, base = files.filesystem(place)
         with files.create(system, f"{base}/{CLAIM}") as stream:
-            stream.write(json.dumps(ours).encode())
+            stream.write(json.dumps(claim).encode())
 
 
 def _claimed_by(place: str) -> dict[str, Any] | None:

@@ -80,7 +80,10 @@ def memory_options(recipe: Recipe) -> str:
 
 
 def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # cuBLAS, NCCL and page-locked memory say it in words alone.
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:

@@ -139,7 +139,7 @@ def tighter(recipe: Recipe, tried: Layout, num_workers: int) -> Recipe | None:
     if stage == "auto" and tried.zero_stage < 3 and num_workers > 1 and recipe.model.quantize is None:
         return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"zero_stage": 3})})
     if recipe.model.activation_checkpointing == "auto" and not tried.activation_checkpointing:
-        return Layout(tried.zero_stage, True).of(recipe)
+        return Layout(tried.zero_stage if stage == "auto" else stage, True).of(recipe)
     return None
 
 

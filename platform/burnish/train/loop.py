@@ -51,6 +51,9 @@ def _train(attempt: Attempt, home: Home) -> None:
     num_workers = dist.get_world_size()
     recipe, needed = agree(attempt.recipe, attempt.cuda, ray.train.get_context().get_local_world_size())
     attempt = replace(attempt, recipe=recipe)
+    records = Records(attempt, home) if dist.get_rank() == 0 else None
+    if records and needed:  # before anything takes memory, since what was tried decides what follows
+        records.measure(attempt.progress.step, told(recipe, needed))
     share = recipe.train.global_batch_size // num_workers
     # The data tasks start while the model loads.
     with ThreadPoolExecutor(1) as pool:
@@ -63,9 +66,6 @@ def _train(attempt: Attempt, home: Home) -> None:
     device = torch.cuda.get_device_name(engine.device) if attempt.cuda else "CPU"
     meter = Meter(pack_cost(recipe), peak_flops(device, recipe.model.dtype))
     worker = Worker(attempt, home, engine, objective, watchdog, meter)
-    records = Records(attempt, home) if dist.get_rank() == 0 else None
-    if records and needed:
-        records.measure(progress.step, told(recipe, needed))
     saver = Saver(worker)
     measured: dict[str, float] = {}
     losses, wish, untested = list(attempt.losses), Wish.NOTHING, recipe.train.self_test
@@ -96,9 +96,11 @@ def _train(attempt: Attempt, home: Home) -> None:
             if due(progress.step, recipe.checkpoint.every_steps) or wish is not Wish.NOTHING or saver.improves(measured):
                 saver.save(progress, measured)
             saver.check()
-    if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
-        measured |= evaluate(worker, records, progress.step)
-        checkpoint.report({**measured, "step": progress.step})
+    saver.keep(progress, measured)  # whatever becomes of the evaluation
+    with saver.standing():
+        if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
+            measured |= evaluate(worker, records, progress.step)
+            checkpoint.report({**measured, "step": progress.step})
     watchdog.rest()
     saver.finish(progress, measured)
     if records:
@@ -183,6 +185,7 @@ class Saver:
         self._worker, self._best = worker, attempt.best
         self._state = State(worker.engine)
         self._saved = attempt.progress.step if attempt.resume else -1
+        self._noted: dict[str, float] = {}
 
     def improves(self, measured: dict[str, float]) -> bool:
         """Whether an evaluation is better than at all checkpoints before; the same on every worker."""
@@ -194,7 +197,7 @@ class Saver:
         metadata = {"chat_contract": f"sha256:{self._worker.attempt.behaviour_sha256}"}
         self._writer.wait()  # before the snapshot, which then takes the memory of the one before
         self._writer.write(progress, measured, self._state.snapshot(metadata))
-        self._saved = progress.step
+        self._saved, self._noted = progress.step, dict(measured)
         self._note(measured)
         if dist.get_rank() == 0:
             (self._worker.home.folder / SAVE_FILE).unlink(missing_ok=True)
@@ -212,11 +215,14 @@ class Saver:
         """Raises InfrastructureError where the last checkpoint could not be written."""
         self._writer.check()
 
-    def finish(self, progress: Progress, measured: dict[str, float]) -> None:
-        """Returns when the checkpoint of the last step stands, with what was measured at it. A collective call."""
+    def keep(self, progress: Progress, measured: dict[str, float]) -> None:
+        """Begins the checkpoint of a step unless it was begun. A collective call."""
         if self._saved != progress.step:
             self.save(progress, measured)
-        elif self.improves(measured):
+
+    def finish(self, progress: Progress, measured: dict[str, float]) -> None:
+        """Returns when the checkpoint of the last step, which was begun, stands with what was measured at it."""
+        if measured != self._noted and measured:
             self._writer.measure(progress, measured)
         self._writer.wait()
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from burnish.train.checkpoint import OPTIMIZER, WEIGHTS, Files
-from burnish.train.engine import Engine, deepspeed
+from burnish.train.engine import Engine
 from burnish.train.memory import HostMemory
 
 Trained: TypeAlias = list[tuple[str, torch.nn.Parameter]]
@@ -206,12 +206,13 @@ def _parts(engine: Engine, trained: Trained) -> Iterator[tuple[str, int, torch.T
 
 def _sharded(weight: Any, key: str) -> tuple[int, torch.Tensor]:
     """Start and range under ZeRO-3, where workers share each weight."""
-    utils = deepspeed.utils
-    master = key == _MASTER
-    own = utils.safe_get_local_fp32_param(weight) if master else utils.safe_get_local_optimizer_state(weight, key)
+    # What DeepSpeed's public functions give of an optimizer on the host is a copy on the device, and not what it steps.
+    own, _ = weight._z3_optimizer._get_fp32_opt_state_partition(
+        weight, release_swap_buffers=False, optim_state_key=None if key == _MASTER else key
+    )
     start = weight.partition_numel() * dist.get_rank()
     # The last parts are filled up where a weight does not divide evenly.
-    return start, own[: max(0, weight.ds_numel - start)]
+    return start, own.detach()[: max(0, weight.ds_numel - start)]
 
 
 def _fragment(weight: Any, key: str) -> tuple[int, torch.Tensor]:

@@ -19,6 +19,8 @@ EXIT_CODE = 70
 """What a worker ends with that the watchdog ended."""
 _GRACE = 0.1
 """Share of the limit that a worker waits before it ends, so that the others can write down where they stand too."""
+_NOTE_SECONDS = 60.0
+"""Seconds in which a storage must have taken such a note."""
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 """Code in which a worker waits for others."""
 _FRAMES = 12
@@ -63,7 +65,10 @@ class Watchdog:
             time.sleep(min(1.0, self._seconds / 10))
             beat = self._beat
             if beat is not None and time.monotonic() - beat > self._seconds:
-                self._note()
+                # In a thread, since what hangs may be the storage to which the note goes.
+                note = threading.Thread(target=self._note, daemon=True)
+                note.start()
+                note.join(_NOTE_SECONDS)
                 time.sleep(self._seconds * _GRACE)
                 os._exit(EXIT_CODE)
 

@@ -12,9 +12,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -90,11 +90,16 @@ class Writer:
         """Adds metrics to the checkpoint of a step that was just begun, when it is written."""
         self.wait()
         if self._rank == 0:
-            name = name_of(progress.step)
-            manifest = json.loads(self._shelf.read(name, MANIFEST))
-            manifest["metrics"] |= metrics
-            self._shelf.write(name, MANIFEST, json.dumps(manifest, indent=2).encode())
+            with self._failing_as(f"what was measured at step {progress.step}"):
+                for attempt in _attempts():
+                    with attempt:
+                        self._add(name_of(progress.step), metrics)
             self._sweep()
+
+    def _add(self, name: str, metrics: dict[str, float]) -> None:
+        manifest = json.loads(self._shelf.read(name, MANIFEST))
+        manifest["metrics"] |= metrics
+        self._shelf.write(name, MANIFEST, json.dumps(manifest, indent=2).encode())
 
     def check(self) -> None:
         """Raises what the last write has raised by now; never waits."""
@@ -118,24 +123,24 @@ class Writer:
 
     def _write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         files = snapshot()
-        try:
-            for attempt in Retrying(
-                retry=retry_if_exception(_may_pass),
-                wait=wait_exponential(multiplier=0.5, max=30),
-                stop=stop_after_delay(RETRY_SECONDS),
-                before_sleep=_say,
-                reraise=True,
-            ):
+        with self._failing_as(f"the checkpoint of step {progress.step}"):
+            for attempt in _attempts():
                 with attempt:
                     self._write_part(progress.step, files)
                     if self._rank == 0:
                         self._publish(progress, metrics)
-            if self._rank == 0:
-                self._sweep()
+        if self._rank == 0:
+            self._sweep()
+
+    @contextmanager
+    def _failing_as(self, what: str) -> Iterator[None]:
+        """Raises InfrastructureError, with what could not be written, where the storage fails for good."""
+        try:
+            yield
         except (OSError, SafetensorError, pa.ArrowException) as error:
             raise InfrastructureError(
-                f"the checkpoint of step {progress.step} could not be written to {self._shelf.place} ({self._free()}): "
-                f"{one_line(error)}. Make room; the same command goes on from the checkpoint before"
+                f"{what} could not be written to {self._shelf.place} ({self._free()}): {one_line(error)}. Make room; the "
+                "same command goes on from the checkpoint before"
             ) from error
 
     def _free(self) -> str:
@@ -201,17 +206,23 @@ class Writer:
             os.fsync(file.fileno())
         final = Path(self._shelf.place, name)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
+        try:
+            os.replace(unfinished, final)
+        except FileNotFoundError:  # what a server of files answers that had renamed it, and was asked again
+            if (final / MANIFEST).read_text() != text:
+                raise
         for marker in final.glob(".part-*.json"):
-            marker.unlink(missing_ok=True)
+            with suppress(OSError):
+                marker.unlink()
 
     def _sweep(self) -> None:
         """Removes all but the newest checkpoints and the best one; what cannot be removed now is removed the next time."""
-        leader = best(self._shelf, self._place.best) if self._place.best else None
-        for old in self._shelf.names()[: -self._place.keep]:
-            if leader is None or old != leader[0]:
-                with suppress(OSError):
-                    self._shelf.remove(old)
+        with suppress(OSError, pa.ArrowException):
+            leader = best(self._shelf, self._place.best) if self._place.best else None
+            for old in self._shelf.names()[: -self._place.keep]:
+                if leader is None or old != leader[0]:
+                    with suppress(OSError):
+                        self._shelf.remove(old)
 
 
 def write_files(folder: Path, files: Files) -> None:
@@ -224,6 +235,17 @@ def write_files(folder: Path, files: Files) -> None:
 def _described(file: Path) -> dict[str, Any]:
     with open(file, "rb") as stream:
         return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _attempts() -> Retrying:
+    """Attempts at what a storage may refuse for a while."""
+    return Retrying(
+        retry=retry_if_exception(_may_pass),
+        wait=wait_exponential(multiplier=0.5, max=30),
+        stop=stop_after_delay(RETRY_SECONDS),
+        before_sleep=_say,
+        reraise=True,
+    )
 
 
 def _work_off(orders: "SimpleQueue[_Order | None]") -> None:

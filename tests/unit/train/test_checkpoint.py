@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +202,36 @@ def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_u
     (tmp_path / "unmounted").rename(folder)
     writer.wait()
     assert newest(Shelf(str(folder))).progress.step == 2
+
+
+def test_a_checkpoint_that_stands_is_no_failure_whatever_comes_after(tmp_path, monkeypatch):
+    writer = Writer(place(tmp_path, keep=1), 0, 1)
+    replace, names = os.replace, Shelf.names
+
+    def twice(old, new):
+        replace(old, new)
+        raise FileNotFoundError("asked again")
+
+    def unlisted(shelf):
+        raise OSError("the listing failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda old, new: (twice if Path(old).is_dir() else replace)(old, new))
+        patched.setattr(Shelf, "names", unlisted)
+        writer.write(Progress(2), {}, partial(files, 2))
+        writer.wait()
+    assert names(Shelf(str(tmp_path / "checkpoints"))) == ["step-00000002"]
+    failed = []
+
+    def read(shelf, name, file):
+        if not failed:
+            failed.append(name)
+            raise OSError("not now")
+        return (tmp_path / "checkpoints" / name / file).read_bytes()
+
+    monkeypatch.setattr(Shelf, "read", read)
+    writer.measure(Progress(2), {"eval/loss": 0.5})
+    assert failed and best(Shelf(str(tmp_path / "checkpoints")), "eval/loss") == ("step-00000002", 0.5)
 
 
 def test_a_full_disk_is_reported_as_such_at_once_and_the_checkpoint_before_stays(tmp_path):

@@ -54,6 +54,9 @@ def test_what_a_data_task_raised_by_itself_would_come_again(failures, again, rec
         ({0: ECHO, 1: InfrastructureError("disk full")}, InfrastructureError, "disk full"),
         ({0: LOST, 1: TrainingError("nan")}, TrainingError, "nan"),
         ({0: torch.OutOfMemoryError("CUDA out of memory")}, OutOfMemory, "max_length"),
+        ({0: RuntimeError("CUDA error: out of memory")}, OutOfMemory, "max_length"),
+        ({0: RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")}, OutOfMemory, "max_length"),
+        ({0: torch.distributed.DistBackendError("NCCL: Cuda failure 2 'out of memory'")}, OutOfMemory, "max_length"),
         ({0: KeyError("x"), 1: KeyError("x")}, BurnishError, "training failed"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -234,6 +235,23 @@ def test_one_command_trains_at_a_place(home, place, monkeypatch):
     with home().claimed() as second:
         assert (second.folder / "recipe.yaml").read_text() == "name: x"
     assert not second.folder.exists(), "nothing stays on the machine"
+
+
+def test_of_two_commands_that_claimed_a_place_one_stops(home, monkeypatch, caplog):
+    monkeypatch.setattr(claim, "LEASE_SECONDS", 3.0)
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        with home().claimed():
+            system, base = files.filesystem(home().place)
+            other = json.dumps({"host": "another-machine", "process": 1, "command": "x", "renewed": "y"}).encode()
+            put(system, f"{base}/{claim.CLAIM}", other)
+            assert asked.wait(60)
+        assert "process 1 on another-machine trains at" in caplog.text
+        with system.open_input_stream(f"{base}/{claim.CLAIM}") as stream:
+            assert stream.read() == other, "the claim of the other one stands"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_command_that_died_holds_nobody_up_for_long(home, monkeypatch, caplog):

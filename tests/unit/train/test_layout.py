@@ -112,6 +112,7 @@ def test_a_layout_that_ran_out_of_memory_is_followed_by_those_that_need_less(ope
     assert after((2, True)) == (3, "auto")  # what has no room by the numbers is not chosen again
     assert after((3, True)) is after((2, True), workers=1) is None
     assert after((0, False), engine={"zero_stage": 0}) == (0, True)
+    assert after((2, False), engine={"zero_stage": 3}) == (3, True), "what a recipe says of sharding stays"
     assert after((2, False), model={"activation_checkpointing": False}, workers=1) is None
     assert after((3, False), engine={"zero_stage": 3}, model={"activation_checkpointing": False}) is None
 

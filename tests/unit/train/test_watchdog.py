@@ -32,6 +32,16 @@ def test_a_hang_is_ended_and_named(tmp_path):
     assert hang(tmp_path, 2) is None
 
 
+def test_a_storage_that_hangs_keeps_no_worker(tmp_path):
+    code = """
+    from burnish.train import watchdog
+    watchdog._NOTE_SECONDS = 0.1
+    Home.keep = lambda home: time.sleep(60)
+    time.sleep(60)
+    """
+    assert run(tmp_path, code).returncode == EXIT_CODE
+
+
 def test_a_worker_that_cannot_even_write_is_named_by_those_that_wait_for_it(tmp_path):
     for world_rank in (0, 2):
         note = {"world_rank": world_rank, "node": "n", "seconds": 9, "waits": True, "at": "loop.py:1 in f"}
