@@ -8,7 +8,10 @@ import pytest
 from burnish.cli import main
 from burnish.data.contract import Contract
 from burnish.data.tokenizer import load_template
+from burnish.train.checkpoint import newest
+from burnish.train.ledger import lines
 from burnish.train.prepare import write_run_folder
+from burnish.train.shelf import Shelf
 from tests.conftest import conversation, write_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -72,6 +75,22 @@ def test_a_file_that_is_no_longer_what_it_was_ends_the_run(cluster, command, tmp
     monkeypatch.setattr("burnish.train.launch.write_run_folder", write_and_change)
     code, said = command("data.cache=null")
     assert code == 3 and words in said and "train.jsonl" in said, said
+
+
+def test_what_was_trained_stands_though_the_last_evaluation_fails(cluster, command, tmp_path, monkeypatch):
+    held_out = write_rows(tmp_path / "held-out.jsonl", [conversation(1)])
+
+    def write_and_lose(*arguments) -> None:
+        write_run_folder(*arguments)
+        held_out.unlink()
+
+    monkeypatch.setattr("burnish.train.launch.write_run_folder", write_and_lose)
+    code, said = command(
+        "data.cache=null", f"data.eval=[{{path: {held_out}}}]", "checkpoint.every_steps=null", "train.generations=0"
+    )
+    assert code == 3 and "held-out.jsonl" in said, said
+    steps = len(list(lines(tmp_path / "runs/small/ledger.jsonl")))
+    assert steps and newest(Shelf(str(tmp_path / "runs/small/checkpoints"))).progress.step == steps
 
 
 @pytest.mark.parametrize(
