@@ -24,7 +24,7 @@ from burnish.train.home import Home
 from burnish.train.model import load_weights
 from burnish.train.prepare import make_run_folder, prepare, write_json, write_run_folder
 from burnish.train.writer import Place, Writer
-from tests.conftest import write_model
+from tests.conftest import CHATML, write_model
 
 LORA = {"rank": 4, "variant": "dora", "modules_to_save": ["lm_head"]}
 
@@ -53,7 +53,7 @@ def trained(make_recipe, tmp_path):
                 if weight.requires_grad
             }
             files = {checkpoint.WEIGHTS: (moved, {}), f"{checkpoint.OPTIMIZER}/0": ({}, {})}
-            writer.write(Progress(step=step), {"eval/loss": loss}, lambda files=files: files)
+            writer.write(Progress(step=step), {"train/loss": loss, "eval/loss": loss}, lambda files=files: files)
             writer.wait()
         return folder
 
@@ -62,7 +62,9 @@ def trained(make_recipe, tmp_path):
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_trained_model_answers_alike_in_plain_transformers_and_in_chat(trained, tmp_path, lora):
-    run = trained(lora=lora, template={"kwargs": {"shout": True}})
+    template = tmp_path / "shouts.jinja"
+    template.write_text("{%- if shout %}{%- endif %}" + CHATML)
+    run = trained(lora=lora, template={"path": str(template), "kwargs": {"shout": True}})
     folder = export(str(run), tmp_path / "out")
     kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
     model = kind.from_pretrained(folder).eval()
@@ -110,7 +112,7 @@ def test_a_merged_adapter_has_the_logits_of_the_adapter_and_needs_no_base(traine
 
 
 def test_the_best_checkpoint_is_exported_where_the_recipe_names_a_metric_and_another_by_its_step(trained, tmp_path):
-    run = trained(steps={3: 2.0, 5: 1.0, 7: 3.0}, lora={"rank": 2}, checkpoint={"best": "eval/loss", "keep": 2})
+    run = trained(steps={3: 2.0, 5: 1.0, 7: 3.0}, lora={"rank": 2}, checkpoint={"best": "train/loss", "keep": 2})
 
     def exported(name: str, **options) -> tuple[int, torch.Tensor]:
         folder = export(str(run), tmp_path / name, **options)

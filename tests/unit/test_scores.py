@@ -120,5 +120,5 @@ def test_what_cannot_be_scored_is_refused(exported, monkeypatch):
         score(exported / "empty", ["copper"])
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest))
-    with pytest.raises(RecipeError, match=r"pip install 'burnish\[eval\]'"):
+    with pytest.raises(RecipeError, match=r"pip install -e '\.\[eval\]'"):
         score(exported / "run", ["copper"])

@@ -93,7 +93,9 @@ def test_a_cache_on_another_file_system():
 
 
 def test_the_key_covers_all_that_rendering_depends_on(make_recipe, tmp_path):
-    def key(source: str = CHATML, **sections) -> str:
+    thinks = "{%- if enable_thinking %}{%- endif %}" + CHATML
+
+    def key(source: str = thinks, **sections) -> str:
         path = tmp_path / "chat.jinja"
         path.write_text(source)
         recipe = make_recipe(**{"template": {"path": str(path)}, **sections})
@@ -106,7 +108,7 @@ def test_the_key_covers_all_that_rendering_depends_on(make_recipe, tmp_path):
         key(data={"train_on": "last_assistant"}),
         key(data={"history": "last_turn"}),
         key(data={"on_overlong": "truncate_turns"}),
-        key(CHATML.replace("<think>", "<thinks>")),
+        key(thinks.replace("<think>", "<thinks>")),
         key(template={"path": str(tmp_path / "chat.jinja"), "stop_tokens": ["<|endoftext|>"]}),
         key(template={"path": str(tmp_path / "chat.jinja"), "kwargs": {"enable_thinking": False}}),
     ]
