@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,16 +18,17 @@ _ADAPTER = "default"
 
 def fuse(model: nn.Module) -> None:
     """Has every linear layer that has a plain adapter compute by one function; others, as DoRA's, stay as they are."""
+    from peft.tuners.lora import Linear  # seconds to import, which a run of all weights does without
+
     for module in model.modules():
-        if _is_plain(module):
+        if type(module) is Linear and _is_plain(module):
             module.forward = partial(_forward, module)
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a layer is a linear one with an adapter without dropout, bias or a variant of its own."""
+    """Whether a linear layer with adapters has one alone, without dropout, bias or a variant of its own."""
     return (
-        type(module) is Linear
-        and type(module.base_layer) is nn.Linear
+        type(module.base_layer) is nn.Linear
         and set(module.lora_A) == {_ADAPTER}
         and not module.base_layer._forward_pre_hooks  # a head whose weight is gathered when it is called
         and not module.lora_variant
