@@ -248,7 +248,7 @@ class Training:
     Without an address it starts a Ray of its own, which asks for a token as that of a user does.
     """
 
-    deadline_seconds = 240
+    deadline_seconds = 600
     """Within which all that a test waits for happens, however slow the machine."""
 
     def __init__(self, recipe: Path, name: str, address: str, *overrides: str) -> None:

@@ -18,7 +18,7 @@ from burnish.train.ledger import lines
 
 pytestmark = pytest.mark.distributed
 
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = 600
 
 
 def burnish(*arguments: str, machine: Path) -> subprocess.Popen:

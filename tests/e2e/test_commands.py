@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.cli import main
@@ -278,6 +279,24 @@ def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(c
     assert (again, out) == (5, "") and "the loss of step 2 is" in err and "nothing was started" in err, err
     attempts = (tmp_path / "runs/small/attempts.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in attempts] == ["start", "end"]
+
+
+def test_the_first_batch_proves_that_samples_are_apart_unless_the_recipe_says_otherwise(
+    cluster, capsys, recipe_file, tmp_path
+):
+    folder = write_model(tmp_path / "overflows")
+    weights = load_file(folder / "model.safetensors")
+    # Finite weights that no file check minds, and values behind the second layer that are no numbers.
+    weights["model.layers.1.mlp.down_proj.weight"][:] = torch.tensor([3e38, -3e38]).repeat(24)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = recipe_file(model={"path": str(folder)}, train={"max_steps": 1})
+    code, out, err = run(capsys, "train", path)
+    assert (code, out) == (5, ""), err
+    assert "train.self_test: this model cannot be trained on packed samples" in err and "layer 1" in err, err
+    assert not list((tmp_path / "runs/small").glob("ledger.jsonl")) or not (tmp_path / "runs/small/ledger.jsonl").read_text()
+    code, out, err = run(capsys, "train", path, "name=unproven", "train.self_test=false")
+    assert (code, out) == (5, "") and "the loss of step 1 is nan" in err, err
 
 
 def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, capsys, recipe_file, tmp_path):

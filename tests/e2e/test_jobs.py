@@ -76,7 +76,7 @@ class Jobs:
 
     def wait_until(self, done: Callable[[], object], job: str) -> None:
         """Returns once something is so."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + Training.deadline_seconds
         while not done():
             assert time.monotonic() < deadline, self.client.get_job_logs(job)
             time.sleep(0.1)

@@ -1,5 +1,6 @@
 """The sources of a recipe: their files found, counted and cut into slices, and the rows of a slice read."""
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import IO, Any
 from burnish.data import files, tables
 from burnish.data.conversation import Refused
 from burnish.data.slices import Index, Part, Slice
-from burnish.errors import DataError, one_line
+from burnish.errors import DataError, InfrastructureError, one_line
 from burnish.sections import SourceSpec
 
 MAX_ROW_BYTES = 32 << 20
@@ -48,7 +49,8 @@ def index(sources: Sequence[SourceSpec], window_rows: int) -> Index:
 def read(part: Slice) -> Iterator[tuple[int, Any]]:
     """The rows of a slice with their positions in the file; a row that cannot be read comes as the Refused that says why.
 
-    Raises DataError where the file cannot be read, or where it is no longer what it was when the index was made.
+    Raises DataError where the file is no longer there, or no longer what it was when the index was made, or damaged;
+    InfrastructureError where its storage fails, which it may not do the next time.
     """
     try:
         if part.stamp != tables.stamp(part.path):
@@ -58,7 +60,15 @@ def read(part: Slice) -> Iterator[tuple[int, Any]]:
             )
         yield from tables.read(part) if tables.is_table(part.path) else _read_lines(part)
     except files.UNREADABLE as error:
-        raise DataError(f"{part.name}: cannot be read: {one_line(error)}") from None
+        kind = InfrastructureError if _may_pass(error, part.path) else DataError
+        raise kind(f"{part.name}: cannot be read: {one_line(error)}") from None
+
+
+def _may_pass(error: BaseException, path: str) -> bool:
+    """Whether a storage failed, and not the file. Libraries say without a number that a file of this machine is damaged."""
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError | gzip.BadGzipFile):
+        return False
+    return error.errno is not None or files.is_remote(path)
 
 
 def _files(source: SourceSpec) -> list[tuple[str, str]]:

@@ -25,8 +25,11 @@ class Wish(IntEnum):
 
     @classmethod
     def of(cls, run_folder: Path) -> "Wish":
-        """What the files of a run folder ask for."""
-        stop, save = (run_folder / STOP_FILE).exists(), (run_folder / SAVE_FILE).exists()
+        """What the files of a run folder ask for; nothing where the storage cannot be asked now."""
+        try:
+            stop, save = (run_folder / STOP_FILE).exists(), (run_folder / SAVE_FILE).exists()
+        except OSError:
+            return cls.NOTHING
         return cls.STOP if stop else cls.SAVE if save else cls.NOTHING
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -19,15 +20,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from burnish.data import order, pipeline
 from burnish.data.stages import Patience, Stages
 from burnish.errors import BurnishError, InfrastructureError, OutOfMemory, RecipeError, Stopped
+from burnish.redact import redact
 from burnish.train import checkpoint, goodput
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress
 from burnish.train.cluster import draining, role_labels, width
 from burnish.train.failure import decide, last_line, lost_to_memory, memory_options
 from burnish.train.home import Home
 from burnish.train.layout import Layout, tighter
-from burnish.train.ledger import lines
+from burnish.train.ledger import append, lines
 from burnish.train.prepare import Prepared
 from burnish.train.schedule import kept_losses
+from burnish.train.shelf import reaching
 from burnish.train.split import OrderedSplit
 from burnish.train.watchdog import hang
 
@@ -70,10 +73,10 @@ def _until_done(run: Run, watch: Watch | None, stops: list[int]) -> None:
         step = start.progress.step if start else 0
         failures = failures if step == reached else 0
         reached = step
-        workers = width(run.prepared.recipe, run.cuda)
+        since, workers = time.time(), width(run.prepared.recipe, run.cuda)
         if stops:
             raise Stopped("stopped before an attempt began; the newest checkpoint stands")
-        goodput.begin(folder, step, workers)
+        goodput.begin(folder, step, workers, since)
         run.home.settle()
         why, stages = "failed", Stages()
         try:
@@ -104,7 +107,9 @@ def _until_done(run: Run, watch: Watch | None, stops: list[int]) -> None:
             continue
         finally:
             run.home.catch_up()
-            goodput.end(folder, why)
+            goodput.end(folder, redact(why))
+            if why != "finished":
+                append(folder / "metrics.jsonl", {"step": step, "time": time.time(), **goodput.account(folder)})
             run.home.settle()
         if stops:
             last = checkpoint.newest(run.home.shelf())
@@ -116,12 +121,17 @@ def _until_done(run: Run, watch: Watch | None, stops: list[int]) -> None:
 def _start(home: Home) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; what earlier attempts left behind is taken away."""
     shelf = home.shelf()
-    shelf.clear()
+    if not shelf.stands():
+        raise InfrastructureError(f"{shelf.place} is gone; the same command goes on when it is back")
+    with reaching(shelf.place):
+        shelf.clear()
     hang(home.folder, 0)
     (home.folder / SAVE_FILE).unlink(missing_ok=True)
     start = checkpoint.newest(shelf)
     if start is not None and not any(file.startswith(f"{checkpoint.OPTIMIZER}/") for file in start.files):
         raise RecipeError(f"name: {start.path} was written by a version whose checkpoints differ. Choose a new name")
+    if start is not None and start.run is not None and home.identity() not in (None, start.run):
+        raise RecipeError(f"name: {start.path} is a checkpoint of another run; take it out of the folder")
     return start
 
 

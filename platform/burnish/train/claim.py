@@ -25,27 +25,35 @@ CLAIM = ".claim"
 """The file at a place that says who trains there."""
 LEASE_SECONDS = 60.0
 """Seconds after which a command that has not renewed its claim is taken for gone."""
+SETTLE_SECONDS = 2.0
+"""Seconds, longer than a write takes, after which a command looks whether another one claimed in the same moment."""
+_NOBODY_KNOWN = {"host": "an unknown machine", "process": "?", "command": ""}
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def claimed(place: str) -> Iterator[None]:
-    """While the block runs, no other command trains at the place. Raises RecipeError where another one renews its claim.
+    """While the block runs, no other command trains at the place.
 
-    Where another one claims it all the same, since it began in the same moment or this one was out of reach for too long,
-    this process is asked to stop (SIGTERM).
+    Raises RecipeError where another one renews its claim, or claimed the place in the same moment and a little later.
+    Where another one claims it all the same, since this one was out of reach for too long, this process is asked to stop
+    (SIGTERM).
     """
     _await_end(place)
     ours = uuid.uuid4().hex
     _claim(place, ours)
+    time.sleep(SETTLE_SECONDS)
+    holder = _claimed_by(place)
+    if holder is not None and holder["command"] != ours:
+        raise _taken(place, holder)
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(LEASE_SECONDS / 6):
             with suppress(InfrastructureError):
                 holder = _claimed_by(place)
-                if holder is not None and holder.get("command") != ours:
+                if holder is not None and holder["command"] != ours:
                     logger.error("process %s on %s trains at %s too; stopping", holder["process"], holder["host"], place)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
@@ -59,7 +67,7 @@ def claimed(place: str) -> Iterator[None]:
         ended.set()
         thread.join()
         with suppress(OSError, InfrastructureError):
-            if (_claimed_by(place) or {}).get("command") == ours:
+            if (_claimed_by(place) or _NOBODY_KNOWN)["command"] == ours:
                 system, base = files.filesystem(place)
                 system.delete_file(f"{base}/{CLAIM}")
 
@@ -73,13 +81,22 @@ def _claim(place: str, command: str) -> None:
 
 
 def _claimed_by(place: str) -> dict[str, Any] | None:
+    """The claim that stands; one that cannot be read is somebody's too."""
     with reaching(place):
         system, base = files.filesystem(place)
         try:
             with system.open_input_stream(f"{base}/{CLAIM}", compression=None) as stream:
-                return dict(json.loads(stream.read()))
+                found = json.loads(stream.read())
         except FileNotFoundError:
             return None
+        except ValueError:
+            found = None
+    return {**_NOBODY_KNOWN, **(found if isinstance(found, dict) else {})}
+
+
+def _taken(place: str, holder: dict[str, Any]) -> RecipeError:
+    who = f"process {holder['process']} on {holder['host']}"
+    return RecipeError(f"name: {who} trains the run at {place}; wait for it or stop it")
 
 
 def _await_end(place: str) -> None:
@@ -96,7 +113,7 @@ def _await_end(place: str) -> None:
         if now is None:
             return
         if now != first:
-            raise RecipeError(f"name: {who} trains the run at {place}; wait for it or stop it")
+            raise _taken(place, now)
 
 
 def _is_over(claim: dict[str, Any]) -> bool:

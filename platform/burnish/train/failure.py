@@ -12,7 +12,8 @@ from ray.train import TrainingFailedError
 
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
-from burnish.errors import BurnishError, DataError, OutOfMemory, TrainingError
+from burnish.errors import BurnishError, DataError, InfrastructureError, OutOfMemory, TrainingError
+from burnish.train import storage
 from burnish.train.model import unembedded
 
 _FEWEST_TOKENS = 64
@@ -33,8 +34,8 @@ def check_loss(recipe: Recipe, step: int, meta: StepMeta, loss: float, grad_norm
     packs = ", ".join(map(str, meta.packs))
     raise TrainingError(
         f"the loss of step {step} is {loss:.6g}{why}, its gradient norm {grad_norm:.6g}; its packs (epoch, window, index) "
-        f"are {packs}. Lower optim.learning_rate, now {recipe.optim.learning_rate:g}, or raise optim.warmup_steps, under a "
-        "new name; the checkpoints before it stand"
+        f"are {packs}. The weights after step {step - 1} gave it. Lower optim.learning_rate, now "
+        f"{recipe.optim.learning_rate:g}, or raise optim.warmup_steps, under a new name; the checkpoints before it stand"
     )
 
 
@@ -89,16 +90,26 @@ def _is_memory(error: BaseException) -> bool:
 def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:
     """What ends the run, or None where a worker or node was lost and another attempt may help.
 
-    An exception of our own says itself what it is. One of Ray's own means that a worker is gone, and then the
-    collectives of the others break. Any other exception raised by the training code would come again.
+    An exception of our own says itself what it is. A storage that failed may work again. One of Ray's own means that a
+    worker is gone, and then the collectives of the others break. Any other exception raised by the training code would come
+    again.
     """
     failures = list(getattr(error, "worker_failures", {}).values())
-    for cause in (cause for failure in failures for cause in _causes(failure)):
+    causes = [cause for failure in failures for cause in _causes(failure)]
+    for cause in causes:
         if type(cause).__module__ == "burnish.errors":
             assert isinstance(cause, BurnishError)
             return cause
         if _is_memory(cause):
             return OutOfMemory(f"out of memory: {last_line(cause)}. {memory_options(recipe)}")
+    # pyarrow and transformers raise an OSError without a number for much else.
+    refused = [cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
+    final = next((cause for cause in refused if not storage.may_pass(cause)), None)
+    if final is not None:
+        return InfrastructureError(f"a worker could not write or read: {last_line(final)}; the same command may go on")
+    if refused:
+        return None
+    for cause in causes:
         if type(cause).__name__ == "UserCodeException":  # Ray Data's, around what a data task raised
             return DataError(f"a data task failed: {last_line(cause.__cause__ or cause)}")
     # Where one worker was lost, whatever the others raise is its echo; where a data task failed, a broken collective is.

@@ -14,15 +14,18 @@ from burnish.train.ledger import append, lines
 _FILE = "attempts.jsonl"
 
 
-def begin(folder: Path, from_step: int, workers: int) -> None:
-    """Notes that an attempt starts behind a step; an earlier one that nobody ended was killed with its command."""
+def begin(folder: Path, from_step: int, workers: int, since: float) -> None:
+    """Notes that an attempt starts behind a step; an earlier one that nobody ended was killed with its command.
+
+    `since` is when it began to wait for its workers, in seconds since 1970.
+    """
     noted = list(lines(folder / _FILE))
     if noted and noted[-1]["event"] == "start":
         at = max([noted[-1]["time"], *(line["time"] for line in lines(folder / "metrics.jsonl"))])
         append(folder / _FILE, {"event": "end", "time": at, "why": "the command was killed", "recover_seconds": None})
     reached = max((line["step"] for line in lines(folder / "ledger.jsonl")), default=0)
     lost = max(0, reached - from_step)
-    start = {"event": "start", "time": time.time(), "workers": workers, "from_step": from_step, "lost_steps": lost}
+    start = {"event": "start", "time": since, "workers": workers, "from_step": from_step, "lost_steps": lost}
     append(folder / _FILE, start)
 
 

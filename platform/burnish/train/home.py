@@ -5,6 +5,7 @@ brings small files over; checkpoints go to the place directly (`Shelf`). In a sh
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -18,18 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyarrow import fs
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from burnish.config import Recipe, below
 from burnish.data import files
 from burnish.errors import InfrastructureError
+from burnish.train import storage
 from burnish.train.claim import CLAIM, claimed
 from burnish.train.shelf import Shelf, reaching
 
 COURIER_SECONDS = 2.0
 """Seconds between two looks at a place; at least ten times as long as the last one took."""
-RETRY_SECONDS = 300.0
-"""How long what must reach the place is tried again."""
 _OWN = {".lock", CLAIM}
 """Files of a folder that concern no other process."""
 
@@ -88,6 +87,13 @@ class Home:
     def shelf(self) -> Shelf:
         """The run's checkpoints."""
         return Shelf(str(self.folder / "checkpoints") if self.place is None else below(self.place, "checkpoints"))
+
+    def identity(self) -> str | None:
+        """What tells this run from all others, drawn when it is started; None before, and of one of an earlier version."""
+        try:
+            return str(json.loads((self.folder / "data.json").read_text())["run"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
 
     def look(self, *names: str) -> None:
         """Brings records over from the place, all of them or those named that changed; what is gone there goes here too.
@@ -152,12 +158,7 @@ class Home:
         self._patiently(self.look)
 
     def _patiently(self, work: Callable[[], None]) -> None:
-        for attempt in Retrying(
-            retry=retry_if_exception_type(InfrastructureError),
-            wait=wait_exponential(multiplier=0.5, max=30),
-            stop=stop_after_delay(RETRY_SECONDS),
-            reraise=True,
-        ):
+        for attempt in storage.attempts(f"{self.shown} could not be reached"):
             with attempt:
                 work()
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from typing import IO, Any
 from burnish.data.order import StepMeta
 from burnish.data.quality import LEFT_OUT
 from burnish.errors import DataError, InfrastructureError
+from burnish.train import storage
 
 
 @dataclass
@@ -82,12 +84,30 @@ class Ledger:
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
-    """Appends a line to a JSONL file. Raises InfrastructureError where the storage refuses."""
+    """Appends a line to a JSONL file, or nothing. A storage that fails for a while is waited for.
+
+    Raises InfrastructureError where it is full, or fails for `storage.RETRY_SECONDS`.
+    """
+    line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        for attempt in storage.attempts(f"{path.name} could not be written"):
+            with attempt:
+                _append(path, line)
     except OSError as error:
-        raise InfrastructureError(f"{path}: cannot be written: {error}") from error
+        raise InfrastructureError(f"{path}: cannot be written: {error}; the same command may go on") from error
+
+
+def _append(path: Path, line: bytes) -> None:
+    with open(path, "ab", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            written = file.write(line)
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)  # the next attempt would stand behind half a line
+            raise
 
 
 def check_refused(codes: "Counter[str]", max_refused_rows: float, where: str) -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = {
     "data.train", "data.eval", "data.cache", "data.max_refused", "data.filters.decontaminate", "template.path",
-    "model.attention", "model.activation_checkpointing", "train.self_test", "train.early_stopping", "train.generations",
-    "train.generation_tokens",
+    "model.attention", "model.activation_checkpointing", "train.self_test", "train.early_stopping", "train.eval_every_steps",
+    "train.generations", "train.generation_tokens",
 }  # fmt: skip
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.", "engine.")
@@ -187,7 +188,7 @@ def check_same_run(prepared: Prepared, home: Home) -> None:
         return
     check_same_recipe(recipe, folder)
     was, now = json.loads((folder / "data.json").read_text()), digests(prepared)
-    was.pop("rows", None)
+    was = {key: value for key, value in was.items() if key not in ("rows", "run")}
     if was != now:
         odd = ", ".join(key for key in {**was, **now} if was.get(key) != now.get(key))
         raise DataError(f"name: what run {recipe.name!r} reads has changed since it was started ({odd}). Choose a new name")
@@ -254,7 +255,8 @@ def make_run_folder(folder: Path) -> None:
 
 def _has_trained(home: Home) -> bool:
     """Whether a run has anything to go on from; one that has not may still be changed."""
-    return (home.folder / "recipe.yaml").exists() and bool(home.shelf().names())
+    shelf = home.shelf()
+    return (home.folder / "recipe.yaml").exists() and bool(shelf.names() or shelf.broken())
 
 
 def write_run_folder(prepared: Prepared, home: Home) -> None:
@@ -271,7 +273,7 @@ def write_run_folder(prepared: Prepared, home: Home) -> None:
             (folder / "contract.json").write_text(prepared.contract.to_json(), encoding="utf-8")
             (folder / "chat_template.jinja").write_text(prepared.contract.template, encoding="utf-8")
             counted = {"train": prepared.train.num_rows, **({"eval": prepared.eval.num_rows} if prepared.eval else {})}
-            write_json(folder / "data.json", {**digests(prepared), "rows": counted})
+            write_json(folder / "data.json", {**digests(prepared), "rows": counted, "run": uuid.uuid4().hex})
         replace_text(folder / "recipe.yaml", prepared.recipe.located().to_yaml())
     except OSError as error:
         raise InfrastructureError(f"checkpoint.storage: {folder} cannot be written: {error}") from error

@@ -19,6 +19,7 @@ from pyarrow import fs
 from burnish.config import below
 from burnish.data import files
 from burnish.errors import DataError, InfrastructureError, RecipeError, one_line
+from burnish.train import storage
 from burnish.train.ledger import replace_text
 
 MANIFEST = "manifest.json"
@@ -42,10 +43,14 @@ class Shelf:
         """What a person would write to name a checkpoint."""
         return below(self.place, name)
 
+    def stands(self) -> bool:
+        """Whether the folder is there; a place without checkpoints is as one that never had any."""
+        return self.remote or Path(self.place).is_dir()
+
     def names(self) -> list[str]:
         """The checkpoints that stand, oldest first."""
         if not self.remote:
-            return sorted(path.name for path in Path(self.place).glob("step-*"))
+            return sorted(path.name for path in Path(self.place).glob("step-*") if not path.is_symlink())
         found = (name.split("/") for name in self._listed())
         return sorted(step for step, *inner in found if step.startswith("step-") and inner == [MANIFEST])
 
@@ -82,16 +87,23 @@ class Shelf:
                 size += len(block)
         return {"bytes": size, "sha256": digest.hexdigest()}
 
-    def set_aside(self, name: str) -> None:
-        """Takes a checkpoint out of `names` and keeps what it has."""
+    def broken(self) -> list[str]:
+        """What was set aside."""
+        if not self.remote:
+            return sorted(path.name for path in Path(self.place).glob(".broken-step-*"))
+        return sorted(file for file in self._listed() if file.endswith(f"/{_ASIDE}"))
+
+    def set_aside(self, name: str) -> str:
+        """Takes a checkpoint out of `names` and keeps what it has; how it is called then."""
         if self.remote:
             manifest = self.read(name, MANIFEST)
             self.write(name, _ASIDE, manifest)
             self._remove_file(name, MANIFEST)
-            return
+            return f"{name}/{_ASIDE}"
         aside = Path(self.place, f".broken-{name}")
         shutil.rmtree(aside, ignore_errors=True)
         Path(self.place, name).rename(aside)
+        return aside.name
 
     def remove(self, name: str) -> None:
         """Removes a checkpoint; it is out of `names` at once."""
@@ -146,24 +158,32 @@ class Shelf:
         """The folder of a checkpoint on this machine while the block runs.
 
         Of a remote one, the files whose names start with `only` are copied below `scratch`, once for all processes there,
-        and removed behind the block. Raises InfrastructureError where one is not what the manifest says.
+        and removed behind the block; what fails for a while is tried again. Raises InfrastructureError where they cannot be
+        had, or one is not what the manifest says.
         """
         if not self.remote:
             yield Path(self.place, name)
             return
-        folder = scratch / name
+        folder, wrong = scratch / name, list[str]()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(scratch / f".{name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                for file, entry in json.loads(self.read(name, MANIFEST))["files"].items():
-                    if file.startswith(only) and not (folder / file).exists():
-                        self._download(name, file, entry, folder / file)
+                for attempt in storage.attempts(f"{self.path(name)} could not be read"):
+                    with attempt, reaching(self.place):
+                        for file, entry in json.loads(self.read(name, MANIFEST))["files"].items():
+                            if file.startswith(only) and not (folder / file).exists():
+                                wrong += [] if self._download(name, file, entry, folder / file) else [file]
+            if wrong:
+                raise InfrastructureError(
+                    f"{self.path(name)}: {wrong[0]} is not what its manifest says; start the command again"
+                )
             yield folder
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _download(self, name: str, file: str, entry: dict[str, Any], target: Path) -> None:
+    def _download(self, name: str, file: str, entry: dict[str, Any], target: Path) -> bool:
+        """Copies a file of a checkpoint to a target unless it is not what the manifest says; whether it was."""
         system, path = self._at(name, file)
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.partial")
@@ -173,8 +193,9 @@ class Shelf:
                 digest.update(block)
                 copy.write(block)
         if digest.hexdigest() != entry["sha256"]:
-            raise InfrastructureError(f"{self.path(name)}: {file} is not what its manifest says; start the command again")
+            return False
         os.replace(unfinished, target)
+        return True
 
     def _listed(self, name: str = "") -> dict[str, int]:
         """Sizes of all files below the place, or below one checkpoint, by their paths below the place."""

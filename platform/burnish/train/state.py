@@ -120,13 +120,18 @@ class State:
 def load_optimizer(engine: Engine, folder: Path) -> None:
     """Reads what any number of workers wrote. The model had its weights (`build_model`) before DeepSpeed took it."""
     with ExitStack() as stack, torch.no_grad():
-        files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
+        files = [stack.enter_context(safe_open(file, "pt")) for file in _parts_in(folder)]
         about = files[0].metadata()
         _begin_moments(engine, float(about["steps"]))
         for name, start, part in _parts(engine, _trained(engine)):
             part.copy_(_range(files, name, start, start + part.numel()))
         for name, value in json.loads(about["loss_scale"]).items():
             setattr(_scaler(engine), name, value)
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    """The files of an optimizer's state; a hidden one is what a file server left, and no manifest vouches for it."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def _buckets(trained: Trained) -> Iterator[Trained]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from burnish import errors
 from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped
+from burnish.redact import redact
 from burnish.train.ledger import replace_text
 
 FILE = "failed.json"
@@ -19,8 +21,9 @@ def fingerprint(recipe_yaml: str, digests: dict[str, str]) -> str:
 def bury(folder: Path, error: BaseException, started_from: str) -> None:
     """Notes an error that would come again: not one of a machine or cluster, not a stop, not of the command line."""
     if isinstance(error, BurnishError) and not isinstance(error, InfrastructureError | RecipeError | Stopped):
-        note = {"error": type(error).__name__, "message": str(error), "started_from": started_from}
-        replace_text(folder / FILE, json.dumps(note, indent=2) + "\n")
+        note = {"error": type(error).__name__, "message": redact(str(error)), "started_from": started_from}
+        with suppress(OSError):  # what ended the run is what is told
+            replace_text(folder / FILE, json.dumps(note, indent=2) + "\n")
 
 
 def check(folder: Path, started_from: str, shown: str) -> None:

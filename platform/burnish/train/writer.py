@@ -4,12 +4,9 @@ A folder is written under a hidden name and renamed when its manifest stands; on
 its files, and the manifest, which comes last, makes the checkpoint.
 """
 
-import errno
 import hashlib
 import json
-import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,24 +21,20 @@ from typing import Any, TypeAlias
 from weakref import finalize
 
 import pyarrow as pa
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from burnish.errors import InfrastructureError, one_line
+from burnish.errors import InfrastructureError, TrainingError, one_line
+from burnish.train import storage
 from burnish.train.attempt import Progress
-from burnish.train.checkpoint import Files, best, name_of
-from burnish.train.home import RETRY_SECONDS, Home
+from burnish.train.checkpoint import WEIGHTS, Files, best, name_of
+from burnish.train.home import Home
 from burnish.train.ledger import replace_text
 from burnish.train.shelf import MANIFEST
 
-_FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Answers of a storage that waiting does not change."""
-
 _Order: TypeAlias = "tuple[Callable[[], None], Future[None]]"
 """Work for the thread of a writer, and what is told when it is done."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,9 @@ class Writer:
     """Writes one worker's files of each checkpoint in a thread, at most one checkpoint at a time.
 
     Every worker has one and calls it at the same steps. World rank 0 waits for the files of all and makes the checkpoint of
-    them. A storage that fails is tried again for `RETRY_SECONDS`, while training goes on; a checkpoint that could not be
-    written raises InfrastructureError from the next call, and the ones before it are untouched.
+    them. A storage that fails is tried again for `storage.RETRY_SECONDS`, while training goes on; a checkpoint that could
+    not be written raises InfrastructureError from the next call, TrainingError where its weights are no numbers, and the
+    ones before it are untouched.
     """
 
     def __init__(self, place: Place, world_rank: int, num_workers: int) -> None:
@@ -91,7 +85,7 @@ class Writer:
         self.wait()
         if self._rank == 0:
             with self._failing_as(f"what was measured at step {progress.step}"):
-                for attempt in _attempts():
+                for attempt in storage.attempts("a checkpoint could not be written"):
                     with attempt:
                         self._add(name_of(progress.step), metrics)
             self._sweep()
@@ -116,15 +110,16 @@ class Writer:
         Nobody waits longer than world rank 0 tries; where it fails it raises, which ends all workers.
         """
         self.wait()
-        deadline = time.monotonic() + RETRY_SECONDS
+        deadline = time.monotonic() + storage.RETRY_SECONDS
         with suppress(OSError, pa.ArrowException):
             while self._last and self._last not in self._shelf.names() and time.monotonic() < deadline:
                 time.sleep(0.5 if self._shelf.remote else 0.02)
 
     def _write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         files = snapshot()
+        _check_finite(progress.step, files.get(WEIGHTS, ({}, {}))[0])
         with self._failing_as(f"the checkpoint of step {progress.step}"):
-            for attempt in _attempts():
+            for attempt in storage.attempts("a checkpoint could not be written"):
                 with attempt:
                     self._write_part(progress.step, files)
                     if self._rank == 0:
@@ -186,6 +181,7 @@ class Writer:
             files |= self._part(progress.step, world_rank)
         manifest: dict[str, Any] = {
             "step": progress.step,
+            "run": self._place.home.identity(),
             "cursor": asdict(progress.cursor),
             "num_workers": self._num_workers,
             "behaviour_sha256": self._place.behaviour_sha256,
@@ -237,15 +233,16 @@ def _described(file: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _attempts() -> Retrying:
-    """Attempts at what a storage may refuse for a while."""
-    return Retrying(
-        retry=retry_if_exception(_may_pass),
-        wait=wait_exponential(multiplier=0.5, max=30),
-        stop=stop_after_delay(RETRY_SECONDS),
-        before_sleep=_say,
-        reraise=True,
-    )
+def _check_finite(step: int, weights: dict[str, torch.Tensor]) -> None:
+    """Raises TrainingError where a weight is no number; the loss of the next step would say so too late."""
+    for name, weight in weights.items():
+        # Whatever is not finite shows in the sum, which makes no copy.
+        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+            raise TrainingError(
+                f"the weights after step {step} are not finite (NaN or infinite, {name} first), and no checkpoint was "
+                "written of them. Lower optim.learning_rate, or raise optim.warmup_steps, under a new name; the checkpoints "
+                "before it stand"
+            )
 
 
 def _work_off(orders: "SimpleQueue[_Order | None]") -> None:
@@ -257,18 +254,3 @@ def _work_off(orders: "SimpleQueue[_Order | None]") -> None:
         except BaseException as error:
             done.set_exception(error)
         del order, work, done  # the memory of what was written is used again, though this thread waits
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether a storage that failed so may work again by itself."""
-    if isinstance(error, InfrastructureError | pa.ArrowException):
-        return True
-    if isinstance(error, SafetensorError):
-        found = re.search(r"os error (\d+)", str(error))
-        return found is not None and int(found[1]) not in _FINAL
-    return isinstance(error, OSError) and error.errno not in _FINAL
-
-
-def _say(state: RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    logger.warning("a checkpoint could not be written yet, trying again: %s", one_line(error) if error else "")

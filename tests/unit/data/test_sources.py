@@ -1,5 +1,6 @@
 """Files cut into windows that can be read apart."""
 
+import errno
 import gzip
 import json
 
@@ -11,7 +12,7 @@ from burnish.data import sources
 from burnish.data.conversation import Refused
 from burnish.data.slices import Slice, windows
 from burnish.data.sources import index, read
-from burnish.errors import DataError
+from burnish.errors import DataError, InfrastructureError
 from burnish.sections import SourceSpec
 from tests.conftest import write_rows
 
@@ -95,6 +96,26 @@ def test_a_damaged_row_group(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="cannot be read"):
         list(read(whole(path)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), InfrastructureError),
+        (FileNotFoundError(errno.ENOENT, "No such file"), DataError),
+        (gzip.BadGzipFile("Not a gzipped file"), DataError),
+        (EOFError("ended early"), DataError),
+    ],
+)
+def test_a_storage_that_fails_is_no_fault_of_the_rows(tmp_path, monkeypatch, error, kind):
+    (part, *_) = index([SourceSpec(path=str(write(tmp_path, "jsonl")))], 5).slices
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sources, "_read_lines", fail)
+    with pytest.raises(kind, match=r"rows.jsonl: cannot be read"):
+        list(read(part))
 
 
 def test_an_epoch_draws_its_windows_from_all_files_in_an_order_of_its_own(tmp_path):

@@ -1,9 +1,11 @@
 """Checkpoints that are whole are found; broken ones are set aside."""
 
+import errno
 import hashlib
 import json
 import os
 import resource
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.data.order import Cursor
-from burnish.errors import InfrastructureError
+from burnish.errors import InfrastructureError, TrainingError
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
 from burnish.train.home import Home
@@ -67,6 +69,38 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, d
     assert verify(Shelf(str(tmp_path)), path.name) is None
     assert newest(Shelf(str(tmp_path))).progress.step == 10
     assert (tmp_path / ".broken-step-00000020").is_dir() and not path.exists()
+
+
+def test_a_run_whose_checkpoints_are_all_broken_begins_nothing_anew_until_someone_decides(tmp_path, caplog):
+    for step in (10, 20):
+        (write(tmp_path, step) / "weights.safetensors").write_bytes(b"torn")
+    for _ in range(2):
+        with pytest.raises(InfrastructureError, match=r"set aside as .broken-step-00000010, .broken-step-00000020. Bring"):
+            newest(Shelf(str(tmp_path)))
+    assert "step-00000020 is not what its manifest says; setting it aside as .broken-step-00000020" in caplog.text
+    (tmp_path / ".broken-step-00000010/weights.safetensors").write_bytes(b"weights")
+    (tmp_path / ".broken-step-00000010").rename(tmp_path / "step-00000010")
+    assert newest(Shelf(str(tmp_path))).progress.step == 10
+
+
+def test_a_storage_that_cannot_be_read_now_says_nothing_of_a_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 10), write(tmp_path, 20)
+
+    def described(shelf, name, file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shelf, "described", described)
+        with pytest.raises(InfrastructureError, match="cannot be read"):
+            newest(Shelf(str(tmp_path)))
+    assert newest(Shelf(str(tmp_path))).progress.step == 20
+
+
+def test_a_checkpoint_that_is_a_link_is_none(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", 20)
+    write(tmp_path, 10)
+    (tmp_path / "step-00000020").symlink_to(elsewhere)
+    assert Shelf(str(tmp_path)).names() == ["step-00000010"]
 
 
 @pytest.mark.parametrize("way", ["above", "absolute", "symlink", "symlinked folder", "not named", "no weights named"])
@@ -123,9 +157,42 @@ def test_a_worker_whose_part_is_written_waits_for_the_checkpoint_to_stand(tmp_pa
         writers[0].write(Progress(2), {}, partial(files, 2))
         standing.result(timeout=60)
     assert newest(Shelf(str(tmp_path / "checkpoints"))).progress.step == 2
-    monkeypatch.setattr("burnish.train.writer.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr("burnish.train.storage.RETRY_SECONDS", 0.2)
     writers[1].write(Progress(4), {}, partial(files, 4, 1))
     writers[1].stand()  # no longer than world rank 0 would try
+
+
+def test_a_second_checkpoint_waits_until_the_first_is_written(tmp_path):
+    writer, goes_on, began = Writer(place(tmp_path), 0, 1), threading.Event(), []
+
+    def slow(step):
+        began.append(step)
+        goes_on.wait()
+        return files(step)
+
+    writer.write(Progress(2), {}, partial(slow, 2))
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(writer.write, Progress(4), {}, partial(slow, 4))
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.5)
+        assert began == [2]
+        goes_on.set()
+        second.result(timeout=60)
+    writer.wait()
+    assert began == [2, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_become_no_checkpoint(tmp_path, value):
+    writer = Writer(place(tmp_path), 0, 1)
+    writer.write(Progress(2), {}, partial(files, 2))
+    writer.wait()
+    broken = files(4)
+    broken["weights.safetensors"][0]["a"][3] = value
+    writer.write(Progress(4), {}, lambda: broken)
+    with pytest.raises(TrainingError, match=r"weights after step 4 are not finite .*a first"):
+        writer.wait()
+    assert newest(Shelf(str(tmp_path / "checkpoints"))).progress.step == 2
 
 
 def test_what_is_written_is_let_go_before_anyone_hears_of_it(tmp_path):

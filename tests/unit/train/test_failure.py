@@ -1,5 +1,7 @@
 """What ends a run and what starts another attempt."""
 
+import errno
+
 import numpy as np
 import pytest
 import ray
@@ -20,7 +22,13 @@ LOST = ray.exceptions.RayActorError()
 ECHO = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10419")
 
 
-@pytest.mark.parametrize("failures", [{0: LOST}, {0: ECHO, 1: LOST}, {0: ECHO}, {1: LOST, 0: ValueError("an echo")}, {}])
+STALE = OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [{0: LOST}, {0: ECHO, 1: LOST}, {0: ECHO}, {1: LOST, 0: ValueError("an echo")}, {}, {0: STALE}, {0: ECHO, 1: STALE}],
+)
 def test_a_lost_worker_means_another_attempt(failures, recipe):
     assert decide(WorkerGroupError("message", failures), recipe) is None
 
@@ -58,6 +66,8 @@ def test_what_a_data_task_raised_by_itself_would_come_again(failures, again, rec
         ({0: RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")}, OutOfMemory, "max_length"),
         ({0: torch.distributed.DistBackendError("NCCL: Cuda failure 2 'out of memory'")}, OutOfMemory, "max_length"),
         ({0: KeyError("x"), 1: KeyError("x")}, BurnishError, "training failed"),
+        ({0: OSError("no number, so no storage")}, BurnishError, "training failed"),
+        ({0: OSError(errno.ENOSPC, "No space left", "/runs/x"), 1: ECHO}, InfrastructureError, "No space left"),
     ],
 )
 def test_what_would_come_again_ends_the_run(failures, kind, words, recipe):
@@ -99,7 +109,8 @@ def meta(trained_tokens=100):
 )
 def test_a_loss_that_is_no_number_or_explodes_ends_the_run_and_names_its_packs(recipe, loss, grad_norm, tokens):
     with pytest.raises(
-        TrainingError, match=r"loss of step 7 is .*\(0, 3, 1\), \(0, 3, 7\)\. Lower optim.learning_rate, now"
+        TrainingError,
+        match=r"loss of step 7 is .*\(0, 3, 1\), \(0, 3, 7\)\. The weights after step 6 gave it\. Lower optim.learning_rate, now",
     ):
         check_loss(recipe, 7, meta(tokens), loss, grad_norm, 400)
 

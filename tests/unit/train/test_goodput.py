@@ -1,6 +1,7 @@
 """What failures cost is counted from the run folder alone."""
 
 import json
+import time
 
 import pytest
 
@@ -31,11 +32,13 @@ def test_restarts_lost_steps_recovery_and_goodput(tmp_path):
 
 
 def test_a_command_that_was_killed_is_counted_until_its_last_step(tmp_path):
-    goodput.begin(tmp_path, 0, 2)
+    asked = time.time() - 3.0  # and waited for nodes
+    goodput.begin(tmp_path, 0, 2, asked)
     (start,) = map(json.loads, (tmp_path / "attempts.jsonl").read_text().splitlines())
+    assert start["time"] == asked
     write(tmp_path, "metrics.jsonl", [{"step": 3, "time": start["time"] + 5, "train/step_seconds": 1.0}])
     write(tmp_path, "ledger.jsonl", [{"step": step} for step in (1, 2, 3)])
-    goodput.begin(tmp_path, 2, 4)
+    goodput.begin(tmp_path, 2, 4, time.time())
     lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "end", "start"]
     assert lines[1]["why"] == "the command was killed" and lines[1]["time"] == start["time"] + 5

@@ -12,16 +12,17 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from tenacity import wait_none
 
 from burnish.data import files
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError, RecipeError
-from burnish.train import claim
+from burnish.train import claim, storage
 from burnish.train import home as homes
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
 from burnish.train.home import Home
-from burnish.train.shelf import MANIFEST
+from burnish.train.shelf import MANIFEST, Shelf
 from burnish.train.writer import Place, Writer
 from tests.conftest import free_port
 
@@ -158,6 +159,23 @@ def test_workers_that_share_no_disk_write_one_checkpoint_and_others_read_it(home
     assert shelf.names() == ["step-00000006", "step-00000008"] and newest(shelf).progress.step == 8
 
 
+def test_a_checkpoint_is_fetched_though_the_place_fails_for_a_while(home, monkeypatch, tmp_path):
+    write([home(), home()], 2)
+    shelf, real, failed = home().shelf(), Shelf._download, []
+
+    def fails_once(shelf, name, file, entry, target):
+        if file not in failed:
+            failed.append(file)
+            raise OSError("AWS Error NETWORK_CONNECTION")
+        return real(shelf, name, file, entry, target)
+
+    monkeypatch.setattr(storage, "wait_exponential", lambda **_: wait_none())
+    monkeypatch.setattr(Shelf, "_download", fails_once)
+    with shelf.fetched("step-00000002", tmp_path / "scratch") as folder:
+        assert set(failed) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert (folder / "weights.safetensors").read_bytes() == shelf.read("step-00000002", "weights.safetensors")
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing", "torn manifest", "not named", "outside"])
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(home, s3, damage):
     workers = [home(), home()]
@@ -237,6 +255,39 @@ def test_one_command_trains_at_a_place(home, place, monkeypatch):
     assert not second.folder.exists(), "nothing stays on the machine"
 
 
+def test_of_commands_that_claim_a_place_in_the_same_moment_one_trains(place):
+    begun, ends, refused, trains = threading.Barrier(4), threading.Event(), [], []
+
+    def command() -> None:
+        begun.wait()
+        try:
+            with claim.claimed(place):
+                trains.append(1)
+                ends.wait()
+        except RecipeError as error:
+            refused.append(str(error))
+            if len(refused) == 3:
+                ends.set()
+
+    commands = [threading.Thread(target=command) for _ in range(4)]
+    for each in commands:
+        each.start()
+    for each in commands:
+        each.join()
+    assert trains == [1] and len(refused) == 3
+    assert all(f"process {os.getpid()} on {socket.gethostname()} trains the run" in why for why in refused)
+
+
+def test_a_claim_that_cannot_be_read_is_somebodys(home, monkeypatch, caplog):
+    monkeypatch.setattr(claim, "LEASE_SECONDS", 3.0)
+    system, base = files.filesystem(home().place)
+    for nonsense in (b"", b"not json", b"[1]"):
+        put(system, f"{base}/{claim.CLAIM}", nonsense)
+        with home().claimed():
+            assert "process ? on an unknown machine was training" in caplog.text
+        caplog.clear()
+
+
 def test_of_two_commands_that_claimed_a_place_one_stops(home, monkeypatch, caplog):
     monkeypatch.setattr(claim, "LEASE_SECONDS", 3.0)
     asked = threading.Event()
@@ -245,8 +296,9 @@ def test_of_two_commands_that_claimed_a_place_one_stops(home, monkeypatch, caplo
         with home().claimed():
             system, base = files.filesystem(home().place)
             other = json.dumps({"host": "another-machine", "process": 1, "command": "x", "renewed": "y"}).encode()
-            put(system, f"{base}/{claim.CLAIM}", other)
-            assert asked.wait(60)
+            while not asked.is_set():  # a renewal at the same moment would overwrite it, as the other one's next would this
+                put(system, f"{base}/{claim.CLAIM}", other)
+                asked.wait(2)
         assert "process 1 on another-machine trains at" in caplog.text
         with system.open_input_stream(f"{base}/{claim.CLAIM}") as stream:
             assert stream.read() == other, "the claim of the other one stands"
@@ -282,9 +334,9 @@ def test_a_place_that_cannot_be_reached_is_said_so(s3):
 def test_storage_that_would_lose_the_run_or_tell_a_secret_is_refused(make_recipe):
     with pytest.raises(RecipeError, match=r"storage: memory://runs is gone with its process"):
         make_recipe(checkpoint={"storage": "memory://runs"})
-    for storage in ("s3://key:hush@bucket/runs", "s3://bucket/runs?secret_key=hush"):
+    for unsafe in ("s3://key:hush@bucket/runs", "s3://bucket/runs?secret_key=hush"):
         with pytest.raises(RecipeError, match=r"storage: holds credentials") as error:
-            make_recipe(checkpoint={"storage": storage})
+            make_recipe(checkpoint={"storage": unsafe})
         assert "hush" not in str(error.value)
 
 

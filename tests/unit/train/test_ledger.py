@@ -1,12 +1,17 @@
 """The run's records: each step once, refusals counted, torn lines dropped."""
 
+import errno
+import io
 import json
+import threading
 
 import pytest
 
 from burnish.data.order import Cursor, StepMeta
-from burnish.errors import DataError
-from burnish.train.ledger import Ledger, lines
+from burnish.errors import DataError, InfrastructureError
+from burnish.train import ledger as records
+from burnish.train.attempt import Wish
+from burnish.train.ledger import Ledger, append, lines
 
 
 def meta(step, refused=()):
@@ -63,3 +68,51 @@ def test_too_many_refused_rows_end_the_run_and_overlong_ones_do_not_count(tmp_pa
         ledger.record(2, meta(2, [("f#4", "bad-row")]), 0.5, {})
     assert error.value.exit_code == 3
     assert len(list(lines(tmp_path / "refused.jsonl"))) == 4
+
+
+def test_a_storage_that_is_gone_for_a_while_is_waited_for(tmp_path):
+    folder, away = tmp_path / "run", tmp_path / "unmounted"
+    folder.mkdir()
+    append(folder / "ledger.jsonl", {"step": 1})
+    folder.rename(away)
+    back = threading.Timer(1.0, away.rename, [folder])
+    back.start()
+    append(folder / "ledger.jsonl", {"step": 2})
+    back.join()
+    assert [line["step"] for line in lines(folder / "ledger.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EIO, True), (errno.ENOSPC, False)])
+def test_half_a_line_is_taken_back_before_the_line_is_written_again(tmp_path, monkeypatch, number, passes):
+    class Failing(io.FileIO):
+        failed = False
+
+        def write(self, data):
+            if not Failing.failed:
+                Failing.failed = True
+                super().write(data[:5])
+                raise OSError(number, "not now")
+            return super().write(data)
+
+    append(tmp_path / "ledger.jsonl", {"step": 1})
+    monkeypatch.setattr(records, "open", lambda path, mode, buffering: Failing(path, "a"), raising=False)
+    if passes:
+        append(tmp_path / "ledger.jsonl", {"step": 2})
+    else:
+        with pytest.raises(InfrastructureError, match=r"ledger.jsonl: cannot be written: .*not now"):
+            append(tmp_path / "ledger.jsonl", {"step": 2})
+    monkeypatch.undo()
+    assert Failing.failed
+    written = (tmp_path / "ledger.jsonl").read_text()
+    assert written == '{"step": 1}\n' + ('{"step": 2}\n' if passes else "")
+
+
+def test_a_storage_that_cannot_be_asked_wishes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "STOP").touch()
+    assert Wish.of(tmp_path) is Wish.STOP
+
+    def stat(path, **options):
+        raise OSError(errno.EIO, "not now")
+
+    monkeypatch.setattr("pathlib.Path.stat", stat)
+    assert Wish.of(tmp_path) is Wish.NOTHING

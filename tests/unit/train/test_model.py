@@ -106,6 +106,12 @@ def test_code_is_trusted_only_at_a_whole_commit(revision):
         parse({**SMALL, "model": model}, "t")
 
 
+def test_trusted_code_is_trained_with_the_proof_that_samples_are_apart():
+    model = {"path": "owner/model", "trust_remote_code": True, "revision": COMMIT}
+    with pytest.raises(RecipeError, match=r"train.self_test: false leaves unproven .*write train.self_test: true"):
+        parse({**SMALL, "model": model, "train": {"self_test": False}}, "t")
+
+
 def test_trusted_code_of_another_repository_is_of_the_same_commit_or_none():
     spec = parse({**SMALL, "model": {"path": "owner/model", "trust_remote_code": True, "revision": COMMIT}}, "t").model
     assert spec.loading() == {"revision": COMMIT, "trust_remote_code": True, "code_revision": COMMIT}

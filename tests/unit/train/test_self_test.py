@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from burnish.errors import TrainingError
 from burnish.sections import LoraSpec
@@ -107,6 +107,37 @@ def test_a_wrong_window_is_found_and_its_layer_is_named(window):
     sliding = made.config.layer_types.index("sliding_attention")
     made.model.layers[sliding].self_attn.sliding_window = window
     with pytest.raises(TrainingError, match=rf"layer {sliding} \(sliding_attention\)"):
+        check(made, [pack()], CPU)
+
+
+def test_the_sample_that_a_window_cuts_is_tested_wherever_it_lies():
+    made = model("gemma")  # whose window is 12 tokens
+    sliding = made.config.layer_types.index("sliding_attention")
+    made.model.layers[sliding].self_attn.sliding_window = None
+    short = pack(np.array([5, 6, 7, 5, 6], np.int32))
+    check(made, [short], CPU)  # nothing to see here
+    with pytest.raises(TrainingError, match=rf"layer {sliding} \(sliding_attention\)"):
+        check(made, [short, pack(np.array([5, 40, 6, 5], np.int32)), pack(np.array([60], np.int32))], CPU)
+
+
+def test_positions_that_are_not_reset_are_found_though_the_borders_are_right(monkeypatch):
+    register("auto", cuda=False)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=SDPA).train()
+    check(made, [pack()], CPU)
+    plant(monkeypatch, position_ids=torch.arange(81).unsqueeze(0))
+    with pytest.raises(TrainingError, match="layer 0"):
+        check(made, [pack()], CPU)
+
+
+def test_a_model_that_gives_all_logits_whatever_is_asked_for_is_tested_alike(monkeypatch):
+    made = model("llama")
+    right = type(made).forward
+    monkeypatch.setattr(type(made), "forward", lambda self, *args, logits_to_keep=0, **kw: right(self, *args, **kw))
+    check(made, [pack()], CPU)
+    whole = torch.tensor([0, 81], dtype=torch.int32)
+    plant(monkeypatch, cu_seq_lens_q=whole, cu_seq_lens_k=whole)
+    with pytest.raises(TrainingError, match="layer 0"):
         check(made, [pack()], CPU)
 
 
