@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from burnish import tracking
 from burnish.card import card
@@ -27,6 +28,8 @@ from burnish.train.shelf import Shelf
 _NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far logits of the same weights may lie apart, relative to their norm: sums in another order, and for a merged adapter
 the rounding of each merged weight."""
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a base model that are no part of its weights or tokenizer and that servers read."""
 _PROBES = 3
 """Probes of the contract whose logits are compared."""
 
@@ -108,6 +111,8 @@ def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
             _check_tensors(file)
         _check_reload(recipe, partial, logits, _probe_ids(contract), None if merge else weights)
     _write_tokenizer(recipe, contract, partial)
+    if merge or recipe.lora is None:
+        _write_processors(recipe, partial)
     (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
     data = json.loads((home.folder / "data.json").read_text())
     (partial / "README.md").write_text(card(recipe, contract, data, found.metrics, origin.step, merge), encoding="utf-8")
@@ -173,12 +178,14 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
         model = model.merge_and_unload()
     base = model.get_base_model() if recipe.lora is not None and not merge else model
     base.config.use_cache = True
-    base.generation_config.eos_token_id = contract.stop_ids
+    generation: GenerationConfig = base.generation_config
+    generation.eos_token_id = contract.stop_ids
+    # transformers saves what it would refuse today, as values of sampling without `do_sample`, only where it is unchanged.
+    generation._original_object_hash = hash(generation)
     if recipe.lora is not None and not merge:  # peft then loads the base at the commit that was trained
         model.peft_config["default"].revision = recipe.model.revision
     model.save_pretrained(folder)
     if recipe.lora is not None and not merge:
-        generation: GenerationConfig = base.generation_config
         generation.save_pretrained(folder)
         adapter = folder / "adapter_model.safetensors"
         tensors = load_file(adapter)
@@ -237,6 +244,15 @@ def _write_tokenizer(recipe: Recipe, contract: Contract, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if (folder / "chat_template.jinja").read_text(encoding="utf-8") != contract.template:
         raise BurnishError(f"{folder}: chat_template.jinja is not the template that was trained")
+
+
+def _write_processors(recipe: Recipe, folder: Path) -> None:
+    """What a server needs beside the tokenizer for a model that also takes images, sound or video, as the base has it."""
+    place, loading = recipe.located().model.path, recipe.model.loading()
+    for name in _PROCESSORS:
+        file = cached_file(place, name, revision=loading["revision"], _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copy(file, folder / name)
 
 
 def _check_tensors(file: Path) -> None:

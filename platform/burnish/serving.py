@@ -129,7 +129,10 @@ def _ask(request: urllib.request.Request) -> dict[str, Any]:
             found = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         said = error.read()[:200].decode("utf-8", "replace")
-        raise DataError(f"{request.full_url}: answers {error.code}: {' '.join(said.split())}") from None
+        busy = error.code in (408, 429, 502, 503, 504)  # a server that starts, or has too much to do
+        raise (InfrastructureError if busy else DataError)(
+            f"{request.full_url}: answers {error.code}: {' '.join(said.split())}"
+        ) from None
     except ValueError:
         raise DataError(f"{request.full_url}: its answer is no JSON") from None
     except OSError as error:

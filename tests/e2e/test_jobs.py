@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, w
 pytestmark = pytest.mark.e2e
 
 
-def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(
+def test_a_sweep_that_was_stopped_goes_on_ranks_its_trials_and_nests_them_in_mlflow(
     ray_folder, make_recipe, model_folder, tmp_path, monkeypatch
 ):
     from mlflow.tracking import MlflowClient
@@ -33,7 +34,7 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(
         lora={"rank": 2},
         model={"path": os.path.relpath(model_folder, tmp_path)},
         data={"eval": [{"path": str(held_out)}]},
-        train={"max_steps": 4, "eval_every_steps": 2},
+        train={"max_steps": 8, "eval_every_steps": 2},
         tracking={"uri": uri},
         sweep={"space": {"lora.rank": {"choice": [2, 4]}, "optim.learning_rate": {"choice": [1e-8, 1e-1]}}, "trials": 2,
                "concurrent": 2},
@@ -41,6 +42,19 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(
     path = tmp_path / "sweep.yaml"
     path.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "burnish.cli", "sweep", str(path)]
+    with open(tmp_path / "stopped.log", "w") as said:
+        stopped = subprocess.Popen([*command, "sweep.concurrent=1"], env=as_a_user(), stdout=said, stderr=said, cwd=tmp_path)
+    deadline = time.monotonic() + Training.deadline_seconds
+    while not list((tmp_path / "runs/small/trials").glob("*/checkpoints/step-*")):
+        assert stopped.poll() is None and time.monotonic() < deadline, (tmp_path / "stopped.log").read_text()
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(Training.deadline_seconds) == 75, (tmp_path / "stopped.log").read_text()
+    assert "stopped; the same command goes on" in (tmp_path / "stopped.log").read_text()
+    assert not (tmp_path / "runs/small/best.yaml").exists(), "what was trained halfway is no result"
+    client = MlflowClient(uri)
+    (experiment,) = (client.get_experiment_by_name("burnish"),)
+    assert {each.info.status for each in client.search_runs([experiment.experiment_id])} == {"KILLED"}
     done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -52,12 +66,14 @@ def test_a_sweep_tries_its_space_ranks_the_trials_and_nests_them_in_mlflow(
     assert "(best)" in done.stderr and "optim.learning_rate" in done.stderr
     chosen = yaml.safe_load((tmp_path / "runs/small/best.yaml").read_text())
     assert chosen["optim"]["learning_rate"] == best["optim.learning_rate"] and chosen["sweep"] is None
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("burnish")
-    runs = client.search_runs([experiment.experiment_id])
-    nested = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == result["run_id"]]
-    assert len(runs) == 3 and len(nested) == 2
-    assert all(each.info.status in ("FINISHED", "KILLED") for each in runs)
+    runs = {each.info.run_id: each for each in client.search_runs([experiment.experiment_id])}
+    nested = {name for name, each in runs.items() if each.data.tags.get("mlflow.parentRunId") == result["run_id"]}
+    assert set(runs) == {*nested, result["run_id"]}
+    own = {json.loads(file.read_text())["run_id"] for file in (tmp_path / "runs/small/trials").glob("*/mlflow.json")}
+    assert len(own) == 2 and own <= nested
+    assert runs[result["run_id"]].info.status == "FINISHED"
+    # A trial that had no checkpoint yet when the sweep was stopped begins anew, also in MLflow.
+    assert all(runs[name].info.status in (("FINISHED", "KILLED") if name in own else ("KILLED",)) for name in nested)
     monkeypatch.chdir(tmp_path)
     check_same_recipe(load(path), tmp_path / "runs/small")  # the same command goes on
 

@@ -85,6 +85,7 @@ class Speaks(BaseHTTPRequestHandler):
         return self.answer(known[self.path]() if self.path in known else None)
 
     def answer(self, tree, code=200):
+        code = self.plant if isinstance(self.plant, int) and self.command == "POST" else code
         data = json.dumps(tree or {"error": "not here"}).encode()
         self.send_response(code if tree else 404)
         self.send_header("Content-Length", str(len(data)))
@@ -138,6 +139,13 @@ def test_a_server_with_a_key(exported, serve, capsys, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "secret-of-mine")
     assert main(["verify", str(exported), "--server", address, "--api-key-env", "SERVER_KEY"]) == 0
     assert "secret-of-mine" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_that_is_busy_breaks_no_contract(exported, serve, capsys, code):
+    address = serve("vllm", plant=code)
+    assert main(["verify", str(exported), "--server", address]) == 4
+    assert f"answers {code}" in capsys.readouterr().err
 
 
 def test_nobody_answers_a_wrong_address_and_a_wrong_probe(exported, serve, capsys):

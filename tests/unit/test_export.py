@@ -33,8 +33,11 @@ LORA = {"rank": 4, "variant": "dora", "modules_to_save": ["lm_head"]}
 def trained(make_recipe, tmp_path):
     """A run of this recipe with a checkpoint at each step, whose trained weights are the fresh ones moved a little."""
 
-    def make(steps=types.MappingProxyType({3: 2.0}), revision=None, **sections) -> Path:
+    def make(steps=types.MappingProxyType({3: 2.0}), revision=None, beside=None, **sections) -> Path:
         base = write_model(tmp_path / "base")
+        for name, keys in (beside or {}).items():
+            known = json.loads((base / name).read_text()) if (base / name).exists() else {}
+            (base / name).write_text(json.dumps({**known, **keys}))
         recipe = make_recipe(model={"path": str(base), "revision": revision}, **sections)
         folder = Path(recipe.run_place())
         make_run_folder(folder)
@@ -136,6 +139,23 @@ def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[0] += 1e-3
     return tensors
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_base_whose_generation_config_would_be_refused_today_is_exported(trained, tmp_path, lora):
+    # As published before sampling values without do_sample were refused.
+    run = trained(lora=lora, beside={"generation_config.json": {"temperature": 0.9, "top_p": 0.6}})
+    folder = export(str(run), tmp_path / "out")
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert (written["temperature"], written["top_p"]) == (0.9, 0.6)
+    assert written["eos_token_id"] == json.loads((folder / "contract.json").read_text())["stop_ids"]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_a_base_needs_for_images_travels_with_a_whole_model(trained, tmp_path, merge):
+    run = trained(lora={"rank": 4}, beside={"preprocessor_config.json": {"size": 1}})
+    folder = export(str(run), tmp_path / "out", merge=merge)
+    assert (folder / "preprocessor_config.json").exists() is merge and not (folder / "processor_config.json").exists()
 
 
 def test_an_adapter_that_loads_otherwise_than_it_was_trained_is_not_exported(trained, tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,25 @@ from ray.tune.schedulers import ASHAScheduler
 
 from burnish import tracking
 from burnish.config import Recipe
-from burnish.errors import RecipeError, TrainingError
+from burnish.errors import RecipeError, Stopped, TrainingError
 from burnish.sections import SweepSpec
 from burnish.sweep.space import Assignment, draw, trial_recipe
+from burnish.train import checkpoint
 from burnish.train.cluster import DATA_CPUS, connected
 from burnish.train.home import Home
 from burnish.train.launch import train
+from burnish.train.ledger import lines
 from burnish.train.prepare import check_same_recipe, prepare, write_json
+
+# A run that only lacks its evaluation reports no training loss, which is no reason to end all others.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+# Ray Tune would take Ctrl-C for the end of the sweep, and what was trained until then for its result.
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+METRICS = ("eval/loss", "eval/perplexity", "train/loss", "train/tokens_per_second")
+"""What trials can be ranked by."""
+_STOPPED = "stopped.json"
+"""The record of a sweep that names the trials that fell behind, so that the same command does not train them further."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +54,14 @@ def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
     """Runs every trial of the recipe's space and gives the best, also written as `best.yaml` in the sweep's folder.
 
     One MLflow parent run holds the trials. The same command again goes on: trials that are finished are not trained
-    again. Raises RecipeError without a space, TrainingError where no trial reported the metric.
+    again, nor those that fell behind. Raises RecipeError without a space, TrainingError where no trial reported the metric,
+    and Stopped where SIGTERM or Ctrl-C ends it.
     """
     spec = recipe.sweep
     if spec is None or not spec.space:
         raise RecipeError("sweep.space: is empty; name at least one axis, for example lora.rank: {choice: [8, 16]}")
+    if spec.metric not in METRICS:
+        raise RecipeError(f"sweep.metric: {spec.metric!r} is no metric that runs report; write one of {', '.join(METRICS)}")
     if spec.metric.startswith("eval/") and not recipe.data.eval:
         raise RecipeError(f"sweep.metric: {spec.metric} needs data.eval; name held-out rows, or write metric: train/loss")
     recipes = [trial_recipe(recipe, number, assignment) for number, assignment in enumerate(draw(spec, recipe.train.seed))]
@@ -68,9 +85,18 @@ def _sweep(
     (folder / "recipe.yaml").write_text(recipe.located().to_yaml())
     parent = _open_parent(recipe, folder)
     with connected(recipe.widths()[0] * (spec.concurrent or 1), dashboard=True):
-        concurrent = min(len(recipes), spec.concurrent or _places(recipe))
+        # More than there is room for would wait for each other: their workers hold what their data tasks need.
+        concurrent = min(len(recipes), spec.concurrent or len(recipes), _places(recipe))
         show(f"{recipe.name}: {len(recipes)} trials, {concurrent} at a time")
-        results = _tune(spec, recipes, concurrent, parent, folder)
+        try:
+            with _stopped_by_signal():
+                results = _tune(spec, recipes, concurrent, parent, folder)
+        except KeyboardInterrupt:
+            for run in recipes:
+                if not _record(run, "result.json"):
+                    tracking.close_run(run, _record(run, "mlflow.json").get("run_id"), "KILLED")
+            tracking.close_run(recipe, parent, "KILLED")
+            raise Stopped(f"{recipe.name}: stopped; the same command goes on with the trials that are not done") from None
     trials = [
         _outcome(spec, number, trial, assignment, results)
         for number, (trial, assignment) in enumerate(zip(recipes, assignments, strict=True))
@@ -79,6 +105,7 @@ def _sweep(
         if trial.status != "finished":
             known = _record(run, "mlflow.json").get("run_id")
             tracking.close_run(run, known, "KILLED" if trial.status == "stopped" else "FAILED")
+    write_json(folder / _STOPPED, [number for number, trial in enumerate(trials) if trial.status == "stopped"])
     ranked = _rank(spec, trials)
     tracking.close_run(recipe, parent, "FINISHED" if ranked else "FAILED")
     if not ranked:
@@ -104,6 +131,16 @@ def _sweep(
     }
 
 
+@contextlib.contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """Has SIGTERM end the block as Ctrl-C does, by a KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _open_parent(recipe: Recipe, folder: Path) -> str | None:
     """The MLflow run that holds the trials, the same one when a sweep goes on."""
     path = folder / "mlflow.json"
@@ -126,6 +163,19 @@ def _record(trial: Recipe, name: str) -> dict[str, Any]:
         home.leave()
 
 
+def _evaluations(trial: Recipe, metric: str) -> list[dict[str, float]]:
+    """What a trial that goes on has measured up to the checkpoint from which it does, in order of steps."""
+    home = Home.of(trial).arrive()
+    try:
+        standing = home.shelf().names()
+        measured = {line["step"]: line for line in lines(home.folder / "metrics.jsonl") if "eval/loss" in line}
+    finally:
+        home.leave()
+    reached = standing[-1] if standing else ""
+    found = [line for step, line in sorted(measured.items()) if metric in line and checkpoint.name_of(step) <= reached]
+    return [{key: value for key, value in line.items() if key != "time"} for line in found]
+
+
 def _places(recipe: Recipe) -> int:
     """Trials that the cluster can place at the same time, at least one."""
     total = ray.cluster_resources()
@@ -137,10 +187,15 @@ def _places(recipe: Recipe) -> int:
 
 def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str | None, folder: Path) -> dict[int, Any]:
     """Runs the trials; Tune's last result of each, by number."""
+    fell_behind = json.loads((folder / _STOPPED).read_text()) if (folder / _STOPPED).exists() else []
 
     def run_trial(config: dict[str, Any]) -> None:
+        # What was measured before this sweep went on is compared at the steps at which it was measured.
+        for measured in _evaluations(recipes[config["trial"]], spec.metric):
+            tune.report(measured)
+        if config["trial"] in fell_behind:
+            return
         result = train(recipes[config["trial"]], callbacks=(TuneReportCallback(),), parent_id=parent)
-        # A trial that was finished before this sweep went on has reported nothing yet.
         tune.report({**result.metrics, "step": result.steps})
 
     first = recipes[0].train.eval_every_steps or 1
@@ -168,6 +223,9 @@ def _outcome(spec: SweepSpec, number: int, trial: Recipe, assignment: Assignment
     result = results.get(number)
     metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k or k == "step"} if result else {}
     metrics = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith("config/")}
+    if spec.metric == trial.checkpoint.best:  # what is exported; with early stopping the last one is never the best
+        best = checkpoint.best(Home.of(trial).shelf(), spec.metric)
+        metrics |= {spec.metric: best[1]} if best else {}
     finished = bool(_record(trial, "result.json"))
     status = "finished" if finished else "failed" if result is None or result.error else "stopped"
     return Trial(trial.name, assignment, status, metrics.get(spec.metric), metrics)

@@ -13,11 +13,14 @@ from burnish.sections import AxisSpec, SweepSpec
 Assignment = dict[str, Any]
 """One trial: a value for each dotted recipe path of the space."""
 
+_DRAWS = 1000
+"""Draws for each trial, after which a space counts as used up."""
+
 
 def draw(spec: SweepSpec, seed: int) -> list[Assignment]:
     """The trials of a sweep, none twice: the whole grid where it is small enough, else seeded draws.
 
-    Fewer than `spec.trials` come back only where a space of choices has no more.
+    Fewer than `spec.trials` come back where the space has hardly more, as a narrow range of four digits.
     """
     axes = {path: axis.choice for path, axis in spec.space.items()}
     size = math.prod(len(choice) if choice else spec.trials + 1 for choice in axes.values())
@@ -27,10 +30,12 @@ def draw(spec: SweepSpec, seed: int) -> list[Assignment]:
             dict(zip(axes, values, strict=True)) for values in itertools.product(*(choice or () for choice in axes.values()))
         ]
     trials: list[Assignment] = []
-    while len(trials) < spec.trials:
+    for _ in range(_DRAWS * spec.trials):
         trial = {path: _value(axis, rng) for path, axis in spec.space.items()}
         if trial not in trials:
             trials.append(trial)
+        if len(trials) == spec.trials:
+            break
     return trials
 
 
@@ -54,4 +59,4 @@ def trial_recipe(recipe: Recipe, number: int, assignment: Assignment) -> Recipe:
     tree = located.dump() | {"name": f"trial-{number:03d}", "sweep": None}
     tree["checkpoint"]["storage"] = below(located.run_place(), "trials")
     assigned = override(tree, [f"{path}={json.dumps(value)}" for path, value in assignment.items()])
-    return parse(assigned, f"trial {number} of {recipe.name}")
+    return parse(assigned, f"trial {number} of {recipe.name}").located()  # a trial runs in another folder

@@ -1,11 +1,14 @@
 """Adapters: what a recipe names for them, checked against the model, and a model that has them (peft)."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from burnish.errors import RecipeError, one_line
 from burnish.sections import LoraSpec
+
+logger = logging.getLogger(__name__)
 
 
 def check_adapters(spec: LoraSpec, shapes: Mapping[str, list[int]], quantize: str | None = None) -> None:
@@ -64,10 +67,27 @@ def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> 
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"lora.target_modules: {one_line(error)}") from None
+    _check_adapted(adapted, spec, linear)
     for weight in adapted.parameters():  # those beside quantised weights, or none, would be in float32
         if weight.requires_grad:
             weight.data = weight.data.to(dtype)
     return adapted
+
+
+def _check_adapted(adapted: Any, spec: LoraSpec, linear: Collection[str]) -> None:
+    """Raises RecipeError for a name that PEFT passed over; says what `all-linear` leaves without an adapter."""
+    config, reached = adapted.peft_config["default"], set(adapted.targeted_module_names)
+    if isinstance(spec.target_modules, str):
+        left = [path for path in linear if path not in reached]
+        if left:
+            kinds = ", ".join(sorted({path.rpartition(".")[2] for path in left}))
+            logger.warning("lora.target_modules: %d linear layers get no adapter from PEFT (%s)", len(left), kinds)
+        return
+    for name in spec.target_modules:
+        # What PEFT takes for parts of expert weights is no longer among the modules.
+        if name in (config.target_modules or ()) and not any(_is_named(path, name) for path in reached):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+            raise RecipeError(f"lora.target_modules: the model has no {name!r}; write all-linear or some of {known}")
 
 
 def _token_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:

@@ -50,6 +50,30 @@ def check_model(recipe: Recipe) -> None:
     sinks = path.is_dir() and any(name.endswith(".sinks") for name in shapes(path))
     if sinks or config.model_type == "gpt_oss":
         raise RecipeError(f"model.path: {path} uses attention sinks, which packed attention does not support")
+    longest = _longest_apart(config)
+    if longest is not None and recipe.data.max_length > longest:
+        raise RecipeError(
+            f"data.max_length: {recipe.data.max_length} is more than the {longest} positions beyond which {path} turns all "
+            f"samples of a pack otherwise, by its longest one, so that they would change each other; write "
+            f"data.max_length: {longest}"
+        )
+
+
+def _longest_apart(config: Any) -> int | None:
+    """The longest sample with which rotary positions of others in its pack stay as they are; None where any is.
+
+    transformers chooses the frequencies of these two kinds by the largest position of the whole row
+    (`modeling_rope_utils.dynamic_rope_update`).
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
+        kind = str(rope.get("rope_type", ""))
+        if "dynamic" in kind:
+            found.append(int(config.max_position_embeddings))
+        elif kind == "longrope":
+            found.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
+    return min(found, default=None)
 
 
 def _check_files(folder: Path) -> None:

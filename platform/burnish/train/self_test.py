@@ -160,7 +160,13 @@ def _recorded(model: nn.Module, places: NDArray[np.int64], device: torch.device)
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """The model without dropout, but in training mode, in which activations are recomputed as they are in a step."""
     rates: list[tuple[nn.Module, str]] = [(each, "p") for each in model.modules() if isinstance(each, nn.Dropout)]
-    rates += [(each, "attention_dropout") for each in model.modules() if hasattr(each, "attention_dropout")]
+    # Models call the function with a rate of their own too: `residual_dropout`, `dropout`, `resid_pdrop`, `layerdrop`.
+    rates += [
+        (each, name)
+        for each in model.modules()
+        for name, value in vars(each).items()
+        if "drop" in name and isinstance(value, int | float)
+    ]
     were = [getattr(each, name) for each, name in rates]
     for each, name in rates:
         setattr(each, name, 0.0)

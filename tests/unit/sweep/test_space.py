@@ -31,6 +31,11 @@ def test_numbers_stay_in_their_bounds_and_follow_the_seed():
     assert sum(t["optim.learning_rate"] < 1e-4 for t in one) in range(15, 36)  # half lies below the middle of the logarithm
 
 
+def test_a_range_of_hardly_any_values_gives_those_that_it_has():
+    found = draw(spec(8, **{"optim.learning_rate": {"log_uniform": [1e-4, 1.002e-4]}}), 0)
+    assert {trial["optim.learning_rate"] for trial in found} == {1e-4, 1.001e-4, 1.002e-4}
+
+
 def test_a_trial_that_diverged_or_failed_never_wins():
     trials = [
         Trial(name, {}, status, metric, {})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, Dots1Config, PhiConfig
 
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import DataError, RecipeError
@@ -75,6 +75,27 @@ def test_names_that_the_model_does_not_have_or_names_twice_are_refused(model_fol
         check_adapters(spec, shapes(model_folder))  # before a worker starts, from the headers of the files
     with pytest.raises(RecipeError, match=message):
         with_adapters(model(model_folder), spec)
+
+
+def test_a_name_that_no_module_has_is_refused_whatever_was_known_of_the_files(model_folder):
+    # As of a Hub model, whose files are not looked at before; PEFT alone would train q_proj and say nothing.
+    with pytest.raises(RecipeError, match=r"no 'qkv_proj'; write all-linear or some of down_proj, gate_proj, k_proj"):
+        with_adapters(model(model_folder), LoraSpec(rank=4, target_modules=("q_proj", "qkv_proj")))
+
+
+def test_linear_layers_that_get_no_adapter_are_told(model_folder, caplog):
+    with_adapters(model(model_folder), LoraSpec(rank=4))
+    assert not caplog.text
+    # PEFT takes gate_proj, up_proj and down_proj of these models for parts of the experts' weights, wherever they are.
+    config = Dots1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, n_shared_experts=1, first_k_dense_replace=1, pad_token_id=0,
+    )  # fmt: skip
+    made = with_adapters(AutoModelForCausalLM.from_config(config), LoraSpec(rank=4))
+    left = [name for name, each in made.named_modules() if type(each) is torch.nn.Linear and "lora_" not in name]
+    left = [name for name in left if "base_layer" not in name and "lm_head" not in name]
+    assert f"{len(left)} linear layers get no adapter from PEFT (down_proj, gate_proj, up_proj)" in caplog.text, left
 
 
 def test_what_may_be_named_is_not_refused(model_folder):

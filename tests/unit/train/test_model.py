@@ -226,6 +226,30 @@ def test_a_model_that_cannot_keep_packed_samples_apart_is_refused_by_name(
         refuses(recipe, cuda=False)
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4,
+            "original_max_position_embeddings": 96}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"), [(LONGROPE, 96), ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 256), (None, None)]
+)
+def test_a_model_that_turns_all_samples_of_a_pack_by_its_longest_is_trained_on_short_ones_alone(
+    make_recipe, model_folder, tmp_path, rope, longest
+):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if rope is not None:
+        config["rope_parameters"] = rope
+    (folder / "config.json").write_text(json.dumps(config))
+    check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest or 4096}))
+    if longest is not None:
+        with pytest.raises(
+            RecipeError, match=rf"data.max_length: {longest + 8} is more .*write data.max_length: {longest}$"
+        ):
+            check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest + 8}))
+
+
 def test_sinks_are_found_in_the_weights_whatever_the_model_is_called(make_recipe, model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from burnish.errors import TrainingError
@@ -59,6 +60,22 @@ def test_adapters_with_dropout_and_recomputed_activations_pass():
             module.attention_dropout = 0.5
     check(made, [pack()], CPU)
     assert {module.p for module in made.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+
+
+@pytest.mark.parametrize("kind", ["SeedOssConfig", "OPTConfig", "Starcoder2Config"])
+def test_dropout_that_a_model_applies_by_a_function_is_off_for_the_test_and_on_again(kind):
+    register("auto", cuda=False)
+    rates = {"OPTConfig": {"dropout": 0.3, "ffn_dim": 48, "word_embed_proj_dim": 32}}.get(
+        kind, {"residual_dropout": 0.3, "intermediate_size": 48, "num_key_value_heads": 2}
+    )
+    config = getattr(transformers, kind)(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, max_position_embeddings=256,
+        attention_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, **rates,
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=SDPA).train()
+    check(made, [pack()], CPU)
+    name = "dropout" if kind == "OPTConfig" else "residual_dropout"
+    assert 0.3 in {vars(each).get(name) for each in made.modules()}
 
 
 def plant(monkeypatch, **changes):
