@@ -278,6 +278,24 @@ class Training:
         self.wait_until(all_of_them)
         return found
 
+    def frozen(self, kind: str, rng: random.Random) -> psutil.Process:
+        """A process of the run in which such a task or actor runs, stopped in the middle of its work."""
+        frozen: list[psutil.Process] = []
+
+        def found() -> bool:
+            processes = processes_below(os.getpid(), kind)
+            for process in rng.sample(processes, len(processes)):
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                    if kind in " ".join(process.cmdline()):
+                        frozen.append(process)
+                        return True
+                    process.resume()  # its task had just ended
+            return False
+
+        self.wait_until(found)
+        return frozen[0]
+
     def wait(self) -> int:
         """The exit code of the command."""
         self.wait_until(lambda: self.process.poll() is not None)

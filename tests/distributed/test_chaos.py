@@ -1,19 +1,16 @@
 """One run, and random kills of everything that it is made of: it ends as the run that nobody touched."""
 
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from burnish.train.goodput import account
-from tests.conftest import CHATML, Training, conversation, nodes_by_role, processes_below, write_model, write_rows
+from tests.conftest import CHATML, Training, conversation, nodes_by_role, write_model, write_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(3000)]
 
@@ -74,7 +71,7 @@ class Chaos:
         self.run.wait_for_step(len(self.run.ledger()) + self._rng.randrange(EVERY + 1))
         attempts, looked = len(self.run.attempts()), time.monotonic()
         if kind in PROCESSES:
-            self._frozen(kind).kill()
+            self.run.frozen(kind, self._rng).kill()
         elif kind in NODES:
             self._kill_node(NODES[kind])
         else:
@@ -97,24 +94,6 @@ class Chaos:
         self.run.wait_until(lambda: len(self.run.attempts()) >= attempts and self.run.attempts())
         at = max([self.run.attempts()[-1]["from_step"], *self.run.checkpoints()])
         self.run.wait_until(lambda: max([0, *self.run.checkpoints()]) > at)
-
-    def _frozen(self, kind: str) -> psutil.Process:
-        """A process of a kind, stopped in the middle of its work."""
-        frozen: list[psutil.Process] = []
-
-        def found() -> bool:
-            processes = processes_below(os.getpid(), kind)
-            for process in self._rng.sample(processes, len(processes)):
-                with suppress(psutil.NoSuchProcess):
-                    process.suspend()
-                    if kind in " ".join(process.cmdline()):
-                        frozen.append(process)
-                        return True
-                    process.resume()  # its task had just ended
-            return False
-
-        self.run.wait_until(found)
-        return frozen[0]
 
     def _kill_node(self, role: str) -> None:
         """Kills a node that is needed, with all its processes, and adds another one."""

@@ -1,13 +1,13 @@
 """Data nodes that feed training nodes: who runs where, and what a killed task, data node or training node costs."""
 
-import os
+import random
 import time
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import Training, nodes_by_role, processes_below
+from tests.conftest import Training, nodes_by_role
 
 pytestmark = pytest.mark.distributed
 
@@ -48,24 +48,20 @@ def drain(address: str, node: Any) -> None:
     assert accepted, why
 
 
-def kill_a_task(name: str, run: Training) -> None:
-    """Kills the process in which a task of this name runs, below the nodes that this test started."""
-    killed: list[psutil.Process] = []
-
-    def one() -> bool:
-        killed.extend(processes_below(os.getpid(), name)[:1])
-        return bool(killed)
-
-    run.wait_until(one)
-    killed[0].kill()
+def node_of(process: psutil.Process, nodes: tuple[Any, ...]) -> Any:
+    """The node whose raylet started a process."""
+    above = {each.pid for each in process.parents()}
+    return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
 
 
 def test_data_nodes_feed_training_nodes_and_whoever_goes_loses_nothing(quiet, nodes):
-    cluster, (data, _, train, other), add, dashboard = nodes
+    cluster, (*data, train, other), add, dashboard = nodes
     run = Training(quiet.recipe, "nodes-lost", cluster.address, "checkpoint.every_steps=15", "scale.num_workers=[1,2]")
-    kill_a_task("_slice_task", run)
-    run.wait_for_step(3)
-    cluster.remove_node(data, allow_graceful=False)
+    rng = random.Random(7)
+    run.frozen("_slice_task", rng).kill()
+    unfinished = run.frozen("_slice_task", rng)
+    cluster.remove_node(node_of(unfinished, tuple(data)), allow_graceful=False)
+    unfinished.kill()
     add("train")
     run.wait_until(run.checkpoints)
     cluster.remove_node(train, allow_graceful=False)
