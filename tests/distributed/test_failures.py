@@ -43,6 +43,18 @@ def test_a_storage_that_comes_back_costs_nothing_and_a_full_disk_ends_the_run_un
     run.wait_until(lambda: [step for step in run.verified() if step >= due])
     assert len(run.attempts()) == 1
 
+    # Without the whole folder, its records too, the run waits.
+    gone = run.folder.with_name("unmounted")
+    unmount(folder, away)
+    away.rename(folder)
+    run.folder.rename(gone)
+    run.wait_until(lambda: "ledger.jsonl could not be written yet, trying again" in run.said())
+    assert not run.folder.exists()
+    gone.rename(run.folder)
+    trained = len(run.ledger())
+    run.wait_for_step(trained + EVERY)
+    assert len(run.attempts()) == 1
+
     # No file of a worker grows beyond what its part of a checkpoint needs, as on a disk that is full.
     limit = next(quiet.folder.rglob("weights.safetensors")).stat().st_size // 2
     for worker in run.workers():
