@@ -101,8 +101,9 @@ def _train(attempt: Attempt, home: Home) -> None:
         if recipe.data.eval and evaluated != progress.step and wish is not Wish.STOP:
             measured |= evaluate(worker, records, progress.step)
             checkpoint.report({**measured, "step": progress.step})
-    watchdog.rest()
+    watchdog.beat()  # the last upload may hang as any before
     saver.finish(progress, measured)
+    watchdog.rest()
     if records:
         records.close()
 

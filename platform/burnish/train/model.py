@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types in which the packed kernel keeps samples apart; linear attention and state spaces are not among them."""
 
+_WINDOW_BY_MASK = {"phimoe", "qwen2_moe"}
+"""Models of transformers whose layers do not tell attention their window."""
+
 
 def check_model(recipe: Recipe) -> None:
     """Raises RecipeError unless the model folder holds a configuration and weights that packed attention can train.
@@ -50,6 +53,12 @@ def check_model(recipe: Recipe) -> None:
     sinks = path.is_dir() and any(name.endswith(".sinks") for name in shapes(path))
     if sinks or config.model_type == "gpt_oss":
         raise RecipeError(f"model.path: {path} uses attention sinks, which packed attention does not support")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if config.model_type in _WINDOW_BY_MASK and window and recipe.data.max_length > window:
+        raise RecipeError(
+            f"data.max_length: {recipe.data.max_length} is more than the window of {window} tokens that {path} keeps by a "
+            f"mask alone, which packed attention does not read; write data.max_length: {window}"
+        )
     longest = _longest_apart(config)
     if longest is not None and recipe.data.max_length > longest:
         raise RecipeError(

@@ -63,7 +63,7 @@ class Writer:
 
     def __init__(self, place: Place, world_rank: int, num_workers: int) -> None:
         self._place, self._rank, self._num_workers = place, world_rank, num_workers
-        self._shelf = place.home.shelf()
+        self._shelf, self._run = place.home.shelf(), place.home.identity()
         self._pending: Future[None] = Future()
         self._pending.set_result(None)
         # A thread that begins keeps the interpreter for 5 ms, longer than it takes to copy adapters; one that waits does
@@ -181,7 +181,7 @@ class Writer:
             files |= self._part(progress.step, world_rank)
         manifest: dict[str, Any] = {
             "step": progress.step,
-            "run": self._place.home.identity(),
+            "run": self._run,
             "cursor": asdict(progress.cursor),
             "num_workers": self._num_workers,
             "behaviour_sha256": self._place.behaviour_sha256,

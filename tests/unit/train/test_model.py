@@ -250,6 +250,18 @@ def test_a_model_that_turns_all_samples_of_a_pack_by_its_longest_is_trained_on_s
             check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest + 8}))
 
 
+@pytest.mark.parametrize("config", ["PhimoeConfig", "Qwen2MoeConfig"])
+def test_a_window_that_only_a_mask_knows_is_refused_beyond_it(make_recipe, model_folder, tmp_path, config):
+    import transformers
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    getattr(transformers, config)(sliding_window=64, use_sliding_window=True).save_pretrained(folder)
+    check_model(make_recipe(model={"path": str(folder)}, data={"max_length": 64}))
+    with pytest.raises(RecipeError, match=r"max_length: 72 is more than the window of 64 .*write data.max_length: 64"):
+        check_model(make_recipe(model={"path": str(folder)}, data={"max_length": 72}))
+
+
 def test_sinks_are_found_in_the_weights_whatever_the_model_is_called(make_recipe, model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
