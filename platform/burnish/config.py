@@ -102,16 +102,6 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def code_of_a_model_is_proven(self) -> "Recipe":
-        """Raises ValueError where a model's own code, whose attention nobody here knows, would be trained unproven."""
-        if self.model.trust_remote_code and not self.train.self_test:
-            raise ValueError(
-                "train.self_test: false leaves unproven that the code of model.trust_remote_code keeps packed samples "
-                "apart; write train.self_test: true"
-            )
-        return self
-
-    @model_validator(mode="after")
     def a_recipe_holds_no_secret(self) -> "Recipe":
         """Raises ValueError for a secret: recipes are copied into run folders, contracts, MLflow and reports."""
         found = next(secrets(self.dump()), None)

@@ -395,4 +395,4 @@ class SweepSpec(Spec):
     trials: int = Field(8, ge=1)
     """Recipes that are tried."""
     concurrent: int | None = Field(None, ge=1)
-    """Trials at the same time; null takes as many as the cluster can place."""
+    """Trials at the same time, no more than the cluster can place; null takes as many as that."""

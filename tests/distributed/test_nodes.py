@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import pytest
 
+from burnish.train.ledger import lines
 from tests.conftest import Training, nodes_by_role
 
 pytestmark = pytest.mark.distributed
@@ -66,7 +67,9 @@ def test_data_nodes_feed_training_nodes_and_whoever_goes_loses_nothing(quiet, no
     run.wait_until(run.checkpoints)
     cluster.remove_node(train, allow_graceful=False)
     run.wait_until(lambda: len(run.attempts()) == 2)
-    run.wait_for_step(22)
+    # Steps that the first attempt trained and lost stand in the records until the second one has its workers.
+    metrics, began = run.folder / "metrics.jsonl", run.attempts()[1]["time"]
+    run.wait_until(lambda: [line for line in lines(metrics) if line["step"] >= 22 and line["time"] > began])
     # A node that is announced to go costs no step, and the run goes on with the workers that have places.
     drain(cluster.address, other)
     run.wait_until(lambda: [step for step in run.checkpoints() if step % 15])

@@ -12,6 +12,7 @@ import ray
 import ray.data
 from ray.data import TaskPoolStrategy
 
+from burnish import storage
 from burnish.config import Recipe
 from burnish.data import balance, formats, sources
 from burnish.data.conversation import Conversation, Refused
@@ -181,12 +182,14 @@ def _slice_task(table: pa.Table, shared: list[Any], stages: Stages) -> Iterator[
 def rendered_slice(part: Slice, rendering: Rendering) -> Rendered:
     """The rendered samples of a slice, out of the cache where they are there, else put into it.
 
-    Raises DataError where the file cannot be read.
+    A storage that fails for a while is waited for. Raises DataError where the file cannot be read, InfrastructureError where
+    its storage goes on failing.
     """
     cache = rendering.cache
     found = cache.get(part.digest) if cache else None
     if found is None:
-        found = render_slice(part, rendering.template, rendering.recipe)
+        patiently = storage.attempts(f"{part.name} could not be read")
+        found = patiently(render_slice, part, rendering.template, rendering.recipe)
         if cache:
             cache.put(part.digest, found)
     return found

@@ -36,7 +36,7 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 METRICS = ("eval/loss", "eval/perplexity", "train/loss", "train/tokens_per_second")
 """What trials can be ranked by."""
 _STOPPED = "stopped.json"
-"""The record of a sweep that names the trials that fell behind, so that the same command does not train them further."""
+"""The record of a sweep that came to its end: the trials that fell behind, which the same command does not train further."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Trial:
 def sweep(recipe: Recipe, show: Callable[[str], None]) -> dict[str, Any]:
     """Runs every trial of the recipe's space and gives the best, also written as `best.yaml` in the sweep's folder.
 
-    One MLflow parent run holds the trials. The same command again goes on: trials that are finished are not trained
-    again, nor those that fell behind. Raises RecipeError without a space, TrainingError where no trial reported the metric,
-    and Stopped where SIGTERM or Ctrl-C ends it.
+    One MLflow parent run holds the trials. The same command again goes on: trials that are finished are not trained again,
+    nor are those that fell behind in a sweep that came to its end. Raises RecipeError without a space, TrainingError where
+    no trial reported the metric, and Stopped where SIGTERM or Ctrl-C ends it.
     """
     spec = recipe.sweep
     if spec is None or not spec.space:
@@ -86,15 +86,16 @@ def _sweep(
     parent = _open_parent(recipe, folder)
     with connected(recipe.widths()[0] * (spec.concurrent or 1), dashboard=True):
         # More than there is room for would wait for each other: their workers hold what their data tasks need.
-        concurrent = min(len(recipes), spec.concurrent or len(recipes), _places(recipe))
+        room = len(recipes) if spec.concurrent and os.environ.get("RAY_CLUSTER_AUTOSCALES") else _places(recipe)
+        concurrent = min(len(recipes), spec.concurrent or len(recipes), room)
         show(f"{recipe.name}: {len(recipes)} trials, {concurrent} at a time")
         try:
             with _stopped_by_signal():
-                results = _tune(spec, recipes, concurrent, parent, folder)
+                results = _tune(spec, list(zip(recipes, assignments, strict=True)), concurrent, parent, folder)
         except KeyboardInterrupt:
             for run in recipes:
-                if not _record(run, "result.json"):
-                    tracking.close_run(run, _record(run, "mlflow.json").get("run_id"), "KILLED")
+                status = "FINISHED" if _record(run, "result.json") else "KILLED"
+                tracking.close_run(run, _record(run, "mlflow.json").get("run_id"), status)
             tracking.close_run(recipe, parent, "KILLED")
             raise Stopped(f"{recipe.name}: stopped; the same command goes on with the trials that are not done") from None
     trials = [
@@ -105,7 +106,7 @@ def _sweep(
         if trial.status != "finished":
             known = _record(run, "mlflow.json").get("run_id")
             tracking.close_run(run, known, "KILLED" if trial.status == "stopped" else "FAILED")
-    write_json(folder / _STOPPED, [number for number, trial in enumerate(trials) if trial.status == "stopped"])
+    write_json(folder / _STOPPED, [trial.assignment for trial in trials if trial.status == "stopped"])
     ranked = _rank(spec, trials)
     tracking.close_run(recipe, parent, "FINISHED" if ranked else "FAILED")
     if not ranked:
@@ -163,16 +164,23 @@ def _record(trial: Recipe, name: str) -> dict[str, Any]:
         home.leave()
 
 
-def _evaluations(trial: Recipe, metric: str) -> list[dict[str, float]]:
-    """What a trial that goes on has measured up to the checkpoint from which it does, in order of steps."""
+def _evaluations(trial: Recipe, metric: str, all_of_them: bool) -> list[dict[str, float]]:
+    """What a trial that goes on measured at its evaluations up to the checkpoint from which it does, in order of steps.
+
+    Raises RecipeError where the trial of that number was one of another recipe, as before the sweep's space was changed.
+    """
     home = Home.of(trial).arrive()
     try:
+        check_same_recipe(trial, home.folder)
         standing = home.shelf().names()
-        measured = {line["step"]: line for line in lines(home.folder / "metrics.jsonl") if "eval/loss" in line}
+        measured: dict[int, dict[str, float]] = {}
+        for line in lines(home.folder / "metrics.jsonl"):
+            measured[line["step"]] = measured.get(line["step"], {}) | line
     finally:
         home.leave()
     reached = standing[-1] if standing else ""
-    found = [line for step, line in sorted(measured.items()) if metric in line and checkpoint.name_of(step) <= reached]
+    found = [line for step, line in sorted(measured.items()) if all_of_them or checkpoint.name_of(step) <= reached]
+    found = [line for line in found if "eval/loss" in line and metric in line]
     return [{key: value for key, value in line.items() if key != "time"} for line in found]
 
 
@@ -185,20 +193,23 @@ def _places(recipe: Recipe) -> int:
     return max(1, int(total.get("CPU", 1) - DATA_CPUS) // recipe.widths()[0])
 
 
-def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str | None, folder: Path) -> dict[int, Any]:
+def _tune(
+    spec: SweepSpec, trials: list[tuple[Recipe, Assignment]], concurrent: int, parent: str | None, folder: Path
+) -> dict[int, Any]:
     """Runs the trials; Tune's last result of each, by number."""
     fell_behind = json.loads((folder / _STOPPED).read_text()) if (folder / _STOPPED).exists() else []
 
     def run_trial(config: dict[str, Any]) -> None:
+        recipe, assignment = trials[config["trial"]]
         # What was measured before this sweep went on is compared at the steps at which it was measured.
-        for measured in _evaluations(recipes[config["trial"]], spec.metric):
+        for measured in _evaluations(recipe, spec.metric, all_of_them=assignment in fell_behind):
             tune.report(measured)
-        if config["trial"] in fell_behind:
+        if assignment in fell_behind:
             return
-        result = train(recipes[config["trial"]], callbacks=(TuneReportCallback(),), parent_id=parent)
+        result = train(recipe, callbacks=(TuneReportCallback(),), parent_id=parent)
         tune.report({**result.metrics, "step": result.steps})
 
-    first = recipes[0].train.eval_every_steps or 1
+    first = trials[0][0].train.eval_every_steps or 1
     scheduler = ASHAScheduler(
         time_attr="step",
         metric=spec.metric,
@@ -210,7 +221,7 @@ def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str |
     # Tune refuses a trial without any resource; the workers of its run hold the real ones.
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"CPU": 0.01}),
-        param_space={"trial": tune.grid_search(list(range(len(recipes))))},
+        param_space={"trial": tune.grid_search(list(range(len(trials))))},
         tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder / ".ray"), verbose=0),
     )
@@ -220,14 +231,17 @@ def _tune(spec: SweepSpec, recipes: list[Recipe], concurrent: int, parent: str |
 
 
 def _outcome(spec: SweepSpec, number: int, trial: Recipe, assignment: Assignment, results: dict[int, Any]) -> Trial:
-    result = results.get(number)
-    metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k or k == "step"} if result else {}
+    result, record = results.get(number), _record(trial, "result.json")
+    failed = result is None or result.error is not None
+    known = dict(result.metrics or {}) if result else {}
+    if record and not failed:  # what it told last may be of a step at which it was compared, before it was known to be done
+        known |= {**record["metrics"], "step": record["steps"]}
+    metrics = {k: v for k, v in known.items() if "/" in k or k == "step"}
     metrics = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith("config/")}
     if spec.metric == trial.checkpoint.best:  # what is exported; with early stopping the last one is never the best
         best = checkpoint.best(Home.of(trial).shelf(), spec.metric)
         metrics |= {spec.metric: best[1]} if best else {}
-    finished = bool(_record(trial, "result.json"))
-    status = "finished" if finished else "failed" if result is None or result.error else "stopped"
+    status = "failed" if failed else "finished" if record else "stopped"
     return Trial(trial.name, assignment, status, metrics.get(spec.metric), metrics)
 
 

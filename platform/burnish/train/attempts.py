@@ -3,12 +3,13 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,16 +107,23 @@ def _until_done(run: Run, watch: Watch | None, stops: list[int]) -> None:
             logger.warning("%s; starting again from the newest checkpoint", lost)
             continue
         finally:
-            run.home.catch_up()
-            goodput.end(folder, redact(why))
-            if why != "finished":
-                append(folder / "metrics.jsonl", {"step": step, "time": time.time(), **goodput.account(folder)})
-            run.home.settle()
+            failing = sys.exc_info()[0] is not None
+            with suppress(InfrastructureError, OSError) if failing else nullcontext():  # what failed first is what is told
+                _note_end(run.home, step, redact(why))
         if stops:
             last = checkpoint.newest(run.home.shelf())
             step = last.progress.step if last else 0
             raise Stopped(f"stopped after step {step}, with a checkpoint; the same command goes on from there")
         return
+
+
+def _note_end(home: Home, step: int, why: str) -> None:
+    """Notes why an attempt from a step on ended, and what failures cost the run so far where it does not end well."""
+    home.catch_up()
+    goodput.end(home.folder, why)
+    if why != "finished":
+        append(home.folder / "metrics.jsonl", {"step": step, "time": time.time(), **goodput.account(home.folder)})
+    home.settle()
 
 
 def _start(home: Home) -> checkpoint.Checkpoint | None:

@@ -1,5 +1,6 @@
 """What an attempt's failure means: the end of the run, or another attempt. Decided here, done in `launch`."""
 
+import errno
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import TrainingFailedError
 
+from burnish import storage
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
 from burnish.errors import BurnishError, DataError, InfrastructureError, OutOfMemory, TrainingError
-from burnish.train import storage
 from burnish.train.model import unembedded
 
 _FEWEST_TOKENS = 64
@@ -102,8 +103,8 @@ def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:
             return cause
         if _is_memory(cause):
             return OutOfMemory(f"out of memory: {last_line(cause)}. {memory_options(recipe)}")
-    # pyarrow and transformers raise an OSError without a number for much else.
-    refused = [cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
+    # pyarrow and transformers raise an OSError without a number for much else, and a file that lacks would lack again.
+    refused = [cause for cause in causes if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)]
     final = next((cause for cause in refused if not storage.may_pass(cause)), None)
     if final is not None:
         return InfrastructureError(f"a worker could not write or read: {last_line(final)}; the same command may go on")

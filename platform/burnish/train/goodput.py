@@ -32,6 +32,8 @@ def begin(folder: Path, from_step: int, workers: int, since: float) -> None:
 def end(folder: Path, why: str) -> None:
     """Notes why the attempt ended, and how long it took from the loss before it to its first step."""
     noted = list(lines(folder / _FILE))
+    if not noted:  # the folder is gone
+        return
     start, before = noted[-1], noted[-2] if len(noted) > 1 else None
     recover = None
     if before is not None and before["why"].startswith("lost"):

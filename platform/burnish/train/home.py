@@ -20,10 +20,10 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from burnish import storage
 from burnish.config import Recipe, below
 from burnish.data import files
 from burnish.errors import InfrastructureError
-from burnish.train import storage
 from burnish.train.claim import CLAIM, claimed
 from burnish.train.shelf import Shelf, reaching
 

@@ -13,16 +13,16 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from burnish import storage
 from burnish.data.order import StepMeta
 from burnish.data.quality import LEFT_OUT
 from burnish.errors import DataError, InfrastructureError
-from burnish.train import storage
 
 
 @dataclass
@@ -34,9 +34,18 @@ class Ledger:
     max_refused_rows: float
     reasons: str
     """What a person would write to name the file of refused rows."""
+    alive: Callable[[], None] | None = None
+    """Called while the storage is waited for."""
 
     @classmethod
-    def open(cls, folder: Path, step: int, max_refused_rows: float, reasons: str = "refused.jsonl") -> "Ledger":
+    def open(
+        cls,
+        folder: Path,
+        step: int,
+        max_refused_rows: float,
+        reasons: str = "refused.jsonl",
+        alive: Callable[[], None] | None = None,
+    ) -> "Ledger":
         """The records of a run that goes on after `step`; lines of later steps and torn lines are removed."""
         for name in ("ledger.jsonl", "metrics.jsonl", "generations.jsonl"):
             kept = [line for line in lines(folder / name) if line["step"] <= step]
@@ -44,7 +53,7 @@ class Ledger:
             _rewrite(folder / name, kept if step or name != "generations.jsonl" else [])
         refused = list(lines(folder / "refused.jsonl")) if step else []
         _rewrite(folder / "refused.jsonl", refused)
-        return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows, reasons)
+        return cls(folder, {line["row"]: line["code"] for line in refused}, max_refused_rows, reasons, alive)
 
     def record(self, step: int, meta: StepMeta, loss: float, metrics: dict[str, float]) -> None:
         """Appends one step to all records. Raises DataError when more rows are refused than the recipe allows."""
@@ -56,26 +65,26 @@ class Ledger:
             "loss": loss,
         }
         self.refuse(meta.refused)
-        append(self.folder / "ledger.jsonl", entry)
+        append(self.folder / "ledger.jsonl", entry, self.alive)
         self.measure(step, {**metrics, **(self.refused() if meta.refused else {})})
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Appends measurements of a step, and when they were made."""
-        append(self.folder / "metrics.jsonl", {"step": step, "time": time.time(), **metrics})
+        append(self.folder / "metrics.jsonl", {"step": step, "time": time.time(), **metrics}, self.alive)
 
     def generate(self, step: int, answers: list[dict[str, Any]]) -> None:
         """Appends what the model answered after a step, unless an attempt before has noted it."""
         noted = {(line["step"], line["row"]) for line in lines(self.folder / "generations.jsonl")}
         for answer in answers:
             if (step, answer["row"]) not in noted:
-                append(self.folder / "generations.jsonl", {"step": step, **answer})
+                append(self.folder / "generations.jsonl", {"step": step, **answer}, self.alive)
 
     def refuse(self, refusals: tuple[dict[str, Any], ...]) -> None:
         """Appends rows that were refused for the first time in this run."""
         for refusal in refusals:
             if refusal["row"] not in self.seen:
                 self.seen[refusal["row"]] = refusal["code"]
-                append(self.folder / "refused.jsonl", refusal)
+                append(self.folder / "refused.jsonl", refusal, self.alive)
         check_refused(Counter(self.seen.values()), self.max_refused_rows, self.reasons)
 
     def refused(self) -> dict[str, float]:
@@ -83,14 +92,14 @@ class Ledger:
         return {f"data/refused/{code}": float(count) for code, count in Counter(self.seen.values()).items()}
 
 
-def append(path: Path, entry: dict[str, Any]) -> None:
-    """Appends a line to a JSONL file, or nothing. A storage that fails for a while is waited for.
+def append(path: Path, entry: dict[str, Any], alive: Callable[[], None] | None = None) -> None:
+    """Appends a line to a JSONL file, or nothing. A storage that fails for a while is waited for, with calls of `alive`.
 
     Raises InfrastructureError where it is full, or fails for `storage.RETRY_SECONDS`.
     """
     line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
     try:
-        for attempt in storage.attempts(f"{path.name} could not be written"):
+        for attempt in storage.attempts(f"{path.name} could not be written", alive):
             with attempt:
                 _append(path, line)
     except OSError as error:

@@ -51,7 +51,8 @@ def _train(attempt: Attempt, home: Home) -> None:
     num_workers = dist.get_world_size()
     recipe, needed = agree(attempt.recipe, attempt.cuda, ray.train.get_context().get_local_world_size())
     attempt = replace(attempt, recipe=recipe)
-    records = Records(attempt, home) if dist.get_rank() == 0 else None
+    watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
+    records = Records(attempt, home, watchdog) if dist.get_rank() == 0 else None
     if records and needed:  # before anything takes memory, since what was tried decides what follows
         records.measure(attempt.progress.step, told(recipe, needed))
     share = recipe.train.global_batch_size // num_workers
@@ -62,7 +63,6 @@ def _train(attempt: Attempt, home: Home) -> None:
         engine = build(attempt, home, num_workers)
         objective = Objective(engine, engine.device)
     progress = attempt.progress
-    watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
     device = torch.cuda.get_device_name(engine.device) if attempt.cuda else "CPU"
     meter = Meter(pack_cost(recipe), peak_flops(device, recipe.model.dtype))
     worker = Worker(attempt, home, engine, objective, watchdog, meter)
@@ -182,7 +182,7 @@ class Saver:
     def __init__(self, worker: Worker) -> None:
         spec, attempt = worker.recipe.checkpoint, worker.attempt
         place = Place(worker.home, attempt.name, spec.keep, spec.best, attempt.behaviour_sha256)
-        self._writer = Writer(place, dist.get_rank(), dist.get_world_size())
+        self._writer = Writer(place, dist.get_rank(), dist.get_world_size(), worker.watchdog.alive)
         self._worker, self._best = worker, attempt.best
         self._state = State(worker.engine)
         self._saved = attempt.progress.step if attempt.resume else -1

@@ -32,6 +32,11 @@ def check_model(recipe: Recipe) -> None:
 
     A name that is no folder but looks like a Hub id (`owner/name`) is left to the Hub.
     """
+    if recipe.model.trust_remote_code and not recipe.train.self_test:
+        raise RecipeError(
+            "train.self_test: false leaves unproven that the code of model.trust_remote_code keeps packed samples apart; "
+            "write train.self_test: true"
+        )
     path = Path(recipe.model.path).expanduser()
     if not path.is_dir():
         if path.exists() or recipe.model.path.startswith((".", "/", "~")) or recipe.model.path.count("/") != 1:

@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
+from burnish import storage
 from burnish.config import below
 from burnish.data import files
 from burnish.errors import DataError, InfrastructureError, RecipeError, one_line
-from burnish.train import storage
 from burnish.train.ledger import replace_text
 
 MANIFEST = "manifest.json"
@@ -33,7 +34,7 @@ _BLOCK = 8 << 20
 class Shelf:
     """The checkpoints of one run, by name (`step-00000050`). It holds no open file and travels between processes.
 
-    Methods raise OSError where the file system does.
+    Methods raise OSError where the file system does, and RecipeError for a checkpoint that is a link.
     """
 
     def __init__(self, place: str) -> None:
@@ -50,7 +51,11 @@ class Shelf:
     def names(self) -> list[str]:
         """The checkpoints that stand, oldest first."""
         if not self.remote:
-            return sorted(path.name for path in Path(self.place).glob("step-*") if not path.is_symlink())
+            paths = sorted(Path(self.place).glob("step-*"))
+            link = next((path for path in paths if path.is_symlink()), None)
+            if link is not None:
+                raise RecipeError(f"name: {link} is a link, and a checkpoint lies in its run's own folder; move it there")
+            return [path.name for path in paths]
         found = (name.split("/") for name in self._listed())
         return sorted(step for step, *inner in found if step.startswith("step-") and inner == [MANIFEST])
 
@@ -164,23 +169,36 @@ class Shelf:
         if not self.remote:
             yield Path(self.place, name)
             return
-        folder, wrong = scratch / name, list[str]()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._fetch(name, scratch, only)
+            yield scratch / name
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _fetch(self, name: str, scratch: Path, only: str) -> None:
+        """Copies files of a checkpoint below a folder of this machine, once for all processes there."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        patiently = storage.attempts(f"{self.path(name)} could not be read")
         try:
             with open(scratch / f".{name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                for attempt in storage.attempts(f"{self.path(name)} could not be read"):
-                    with attempt, reaching(self.place):
-                        for file, entry in json.loads(self.read(name, MANIFEST))["files"].items():
-                            if file.startswith(only) and not (folder / file).exists():
-                                wrong += [] if self._download(name, file, entry, folder / file) else [file]
-            if wrong:
-                raise InfrastructureError(
-                    f"{self.path(name)}: {wrong[0]} is not what its manifest says; start the command again"
-                )
-            yield folder
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                wrong = patiently(self._copy, name, scratch / name, only)
+        except (OSError, pa.ArrowException) as error:
+            done = "read" if storage.may_pass(error) else f"copied to {scratch}"
+            raise InfrastructureError(
+                f"{self.path(name)} cannot be {done}: {one_line(error)}; the same command may go on"
+            ) from error
+        if wrong is not None:
+            raise InfrastructureError(f"{self.path(name)}: {wrong} is not what its manifest says; start the command again")
+
+    def _copy(self, name: str, folder: Path, only: str) -> str | None:
+        """Copies what is not there yet; the first file that is not what the manifest says, or None."""
+        folder.mkdir(exist_ok=True)
+        for file, entry in json.loads(self.read(name, MANIFEST))["files"].items():
+            wanted = file.startswith(only) and not (folder / file).exists()
+            if wanted and not self._download(name, file, entry, folder / file):
+                return str(file)
+        return None
 
     def _download(self, name: str, file: str, entry: dict[str, Any], target: Path) -> bool:
         """Copies a file of a checkpoint to a target unless it is not what the manifest says; whether it was."""
@@ -188,7 +206,11 @@ class Shelf:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.partial")
         digest = hashlib.sha256()
-        with system.open_input_stream(path, compression=None) as stream, open(unfinished, "wb") as copy:
+        try:
+            source = system.open_input_stream(path, compression=None)
+        except FileNotFoundError:
+            return False
+        with source as stream, open(unfinished, "wb") as copy:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 copy.write(block)

@@ -35,10 +35,10 @@ class Worker:
 class Records:
     """World rank 0's records: the run folder's files, and MLflow."""
 
-    def __init__(self, attempt: Attempt, home: Home) -> None:
+    def __init__(self, attempt: Attempt, home: Home, watchdog: Watchdog) -> None:
         recipe, folder = attempt.recipe, home.folder
         allowed = recipe.data.max_refused * attempt.num_rows
-        self._ledger = Ledger.open(folder, attempt.progress.step, allowed, home.path("refused.jsonl"))
+        self._ledger = Ledger.open(folder, attempt.progress.step, allowed, home.path("refused.jsonl"), watchdog.alive)
         self._tracker = Tracker(recipe.tracking.uri, attempt.run_id, folder)
 
     def step(self, step: int, meta: StepMeta, metrics: dict[str, float]) -> None:

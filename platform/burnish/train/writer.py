@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from burnish import storage
 from burnish.errors import InfrastructureError, TrainingError, one_line
-from burnish.train import storage
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import WEIGHTS, Files, best, name_of
 from burnish.train.home import Home
@@ -58,11 +58,12 @@ class Writer:
     Every worker has one and calls it at the same steps. World rank 0 waits for the files of all and makes the checkpoint of
     them. A storage that fails is tried again for `storage.RETRY_SECONDS`, while training goes on; a checkpoint that could
     not be written raises InfrastructureError from the next call, TrainingError where its weights are no numbers, and the
-    ones before it are untouched.
+    ones before it are untouched. `alive` is called while a storage is waited for, and after each file that it took.
     """
 
-    def __init__(self, place: Place, world_rank: int, num_workers: int) -> None:
+    def __init__(self, place: Place, world_rank: int, num_workers: int, alive: Callable[[], None] | None = None) -> None:
         self._place, self._rank, self._num_workers = place, world_rank, num_workers
+        self._alive = alive
         self._shelf, self._run = place.home.shelf(), place.home.identity()
         self._pending: Future[None] = Future()
         self._pending.set_result(None)
@@ -85,7 +86,7 @@ class Writer:
         self.wait()
         if self._rank == 0:
             with self._failing_as(f"what was measured at step {progress.step}"):
-                for attempt in storage.attempts("a checkpoint could not be written"):
+                for attempt in storage.attempts("a checkpoint could not be written", self._alive):
                     with attempt:
                         self._add(name_of(progress.step), metrics)
             self._sweep()
@@ -119,7 +120,7 @@ class Writer:
         files = snapshot()
         _check_finite(progress.step, files.get(WEIGHTS, ({}, {}))[0])
         with self._failing_as(f"the checkpoint of step {progress.step}"):
-            for attempt in storage.attempts("a checkpoint could not be written"):
+            for attempt in storage.attempts("a checkpoint could not be written", self._alive):
                 with attempt:
                     self._write_part(progress.step, files)
                     if self._rank == 0:
@@ -156,6 +157,8 @@ class Writer:
         if self._shelf.remote:
             for file in (*files, name):
                 self._shelf.upload(unfinished, name_of(step), file)
+                if self._alive is not None:
+                    self._alive()
             shutil.rmtree(unfinished)
 
     def _part(self, step: int, world_rank: int) -> dict[str, Any]:

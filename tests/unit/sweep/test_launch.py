@@ -43,7 +43,7 @@ def test_a_metric_that_runs_do_not_report_is_refused(make_recipe):
 
 def test_evaluations_up_to_the_newest_checkpoint_are_told_again_in_order(trial):
     recipe, folder = trial
-    assert _evaluations(recipe, "eval/loss") == []
+    assert _evaluations(recipe, "eval/loss", False) == []
     lines = [
         {"step": 2, "time": 1.0, "train/loss": 3.0},
         {"step": 2, "time": 1.0, "eval/loss": 2.0, "eval/perplexity": 7.4},
@@ -51,8 +51,19 @@ def test_evaluations_up_to_the_newest_checkpoint_are_told_again_in_order(trial):
         {"step": 8, "time": 3.0, "eval/loss": 0.1},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = _evaluations(recipe, "eval/loss")
+    found = _evaluations(recipe, "eval/loss", False)
     assert [(line["step"], line["eval/loss"]) for line in found] == [(2, 2.0), (4, 1.0)] and "time" not in found[0]
+    assert [line["step"] for line in _evaluations(recipe, "eval/loss", True)] == [2, 4, 8]
+    assert [(line["step"], line["train/loss"]) for line in _evaluations(recipe, "train/loss", False)] == [(2, 3.0)]
+
+
+def test_a_trial_of_another_recipe_tells_nothing(trial):
+    recipe, folder = trial
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    _evaluations(recipe, "eval/loss", True)
+    changed = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"rank": 8})})
+    with pytest.raises(RecipeError, match=r"lora.rank: 4 became 8"):
+        _evaluations(changed, "eval/loss", True)
 
 
 def test_a_trial_is_worth_what_its_best_checkpoint_is(trial):
@@ -61,3 +72,16 @@ def test_a_trial_is_worth_what_its_best_checkpoint_is(trial):
     assert _outcome(SweepSpec(), 0, recipe, {}, {0: last}).metric == 1.0
     other = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"best": None})})
     assert _outcome(SweepSpec(), 0, other, {}, {0: last}).metric == 1.5
+
+
+def test_a_trial_that_is_done_is_worth_what_it_ended_with_and_one_that_failed_nothing(trial):
+    recipe, folder = trial
+    other = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"best": None})})
+    result = {"metrics": {"eval/loss": 0.9}, "steps": 50}
+    (folder / "result.json").write_text(json.dumps(result))
+    compared = SimpleNamespace(metrics={"eval/loss": 2.0, "step": 5}, error=None)  # ended by ASHA as it told of its past
+    found = _outcome(SweepSpec(), 0, other, {}, {0: compared})
+    assert (found.status, found.metric, found.metrics["step"]) == ("finished", 0.9, 50)
+    failed = SimpleNamespace(metrics={"eval/loss": 2.0, "step": 5}, error=RecipeError("another recipe"))
+    assert _outcome(SweepSpec(), 0, other, {}, {0: failed}).status == "failed"
+    assert _outcome(SweepSpec(), 0, other, {}, {}).status == "failed"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.data.order import Cursor
-from burnish.errors import InfrastructureError, TrainingError
+from burnish.errors import InfrastructureError, RecipeError, TrainingError
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
 from burnish.train.home import Home
@@ -96,11 +96,12 @@ def test_a_storage_that_cannot_be_read_now_says_nothing_of_a_checkpoint(tmp_path
     assert newest(Shelf(str(tmp_path))).progress.step == 20
 
 
-def test_a_checkpoint_that_is_a_link_is_none(tmp_path):
+def test_a_checkpoint_that_is_a_link_is_refused_and_nothing_begins_anew(tmp_path):
     elsewhere = write(tmp_path / "elsewhere", 20)
     write(tmp_path, 10)
     (tmp_path / "step-00000020").symlink_to(elsewhere)
-    assert Shelf(str(tmp_path)).names() == ["step-00000010"]
+    with pytest.raises(RecipeError, match=r"step-00000020 is a link, .*move it there"):
+        newest(Shelf(str(tmp_path)))
 
 
 @pytest.mark.parametrize("way", ["above", "absolute", "symlink", "symlinked folder", "not named", "no weights named"])
@@ -157,7 +158,7 @@ def test_a_worker_whose_part_is_written_waits_for_the_checkpoint_to_stand(tmp_pa
         writers[0].write(Progress(2), {}, partial(files, 2))
         standing.result(timeout=60)
     assert newest(Shelf(str(tmp_path / "checkpoints"))).progress.step == 2
-    monkeypatch.setattr("burnish.train.storage.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr("burnish.storage.RETRY_SECONDS", 0.2)
     writers[1].write(Progress(4), {}, partial(files, 4, 1))
     writers[1].stand()  # no longer than world rank 0 would try
 

@@ -66,6 +66,7 @@ def test_what_a_data_task_raised_by_itself_would_come_again(failures, again, rec
         ({0: RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")}, OutOfMemory, "max_length"),
         ({0: torch.distributed.DistBackendError("NCCL: Cuda failure 2 'out of memory'")}, OutOfMemory, "max_length"),
         ({0: KeyError("x"), 1: KeyError("x")}, BurnishError, "training failed"),
+        ({0: FileNotFoundError(errno.ENOENT, "No such file", "kernel.so")}, BurnishError, "training failed"),
         ({0: OSError("no number, so no storage")}, BurnishError, "training failed"),
         ({0: OSError(errno.ENOSPC, "No space left", "/runs/x"), 1: ECHO}, InfrastructureError, "No space left"),
     ],

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tenacity import wait_none
 
+from burnish import storage
 from burnish.data import files
 from burnish.data.order import Cursor
 from burnish.errors import InfrastructureError, RecipeError
-from burnish.train import claim, storage
+from burnish.train import claim
 from burnish.train import home as homes
 from burnish.train.attempt import Progress
 from burnish.train.checkpoint import best, newest, verify
@@ -255,7 +256,8 @@ def test_one_command_trains_at_a_place(home, place, monkeypatch):
     assert not second.folder.exists(), "nothing stays on the machine"
 
 
-def test_of_commands_that_claim_a_place_in_the_same_moment_one_trains(place):
+def test_of_commands_that_claim_a_place_in_the_same_moment_one_trains(place, monkeypatch):
+    monkeypatch.setattr(claim, "SETTLE_SECONDS", 6.0)
     begun, ends, refused, trains = threading.Barrier(4), threading.Event(), [], []
 
     def command() -> None:
@@ -263,7 +265,7 @@ def test_of_commands_that_claim_a_place_in_the_same_moment_one_trains(place):
         try:
             with claim.claimed(place):
                 trains.append(1)
-                ends.wait()
+                assert ends.wait(120)
         except RecipeError as error:
             refused.append(str(error))
             if len(refused) == 3:

@@ -77,8 +77,10 @@ def test_a_storage_that_is_gone_for_a_while_is_waited_for(tmp_path):
     folder.rename(away)
     back = threading.Timer(1.0, away.rename, [folder])
     back.start()
-    append(folder / "ledger.jsonl", {"step": 2})
+    waited = []
+    append(folder / "ledger.jsonl", {"step": 2}, lambda: waited.append(1))
     back.join()
+    assert waited, "the watchdog hears that nothing hangs"
     assert [line["step"] for line in lines(folder / "ledger.jsonl")] == [1, 2]
 
 

@@ -109,7 +109,7 @@ def test_code_is_trusted_only_at_a_whole_commit(revision):
 def test_trusted_code_is_trained_with_the_proof_that_samples_are_apart():
     model = {"path": "owner/model", "trust_remote_code": True, "revision": COMMIT}
     with pytest.raises(RecipeError, match=r"train.self_test: false leaves unproven .*write train.self_test: true"):
-        parse({**SMALL, "model": model, "train": {"self_test": False}}, "t")
+        check_model(parse({**SMALL, "model": model, "train": {"self_test": False}}, "t"))
 
 
 def test_trusted_code_of_another_repository_is_of_the_same_commit_or_none():

@@ -49,6 +49,18 @@ def test_a_worker_that_cannot_even_write_is_named_by_those_that_wait_for_it(tmp_
     assert hang(tmp_path, 3).endswith("worker 1 said nothing, so its process hangs as a whole")
 
 
+def test_a_wait_for_a_storage_is_no_hang_and_wakes_no_dog_that_rests(tmp_path):
+    code = """
+    for _ in range(12):
+        time.sleep(0.1)
+        dog.alive()
+    dog.rest()
+    dog.alive()
+    time.sleep(1.2)
+    """
+    assert run(tmp_path, code).returncode == 0
+
+
 def test_beats_data_waits_and_the_end_are_no_hang(tmp_path):
     code = """
     def items():

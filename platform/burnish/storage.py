@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+from collections.abc import Callable
 
 import pyarrow as pa
 from safetensors import SafetensorError
@@ -12,22 +13,29 @@ from burnish.errors import InfrastructureError, one_line
 
 RETRY_SECONDS = 300.0
 """How long what must reach the storage, or come from it, is tried again."""
+MOST_WAIT_SECONDS = 15.0
+"""How long one attempt waits for the next at most."""
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Answers of a storage that waiting does not change."""
 
 logger = logging.getLogger(__name__)
 
 
-def attempts(what: str) -> Retrying:
-    """Attempts at what a storage may refuse for a while; the last error is raised. `what` is said of each that failed."""
+def attempts(what: str, alive: Callable[[], None] | None = None) -> Retrying:
+    """Attempts at what a storage may refuse for a while; the last error is raised.
+
+    `what` is said of each that failed, and `alive` is called then, so that nobody takes the wait for a hang.
+    """
 
     def say(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         logger.warning("%s yet, trying again: %s", what, one_line(error) if error else "")
+        if alive is not None:
+            alive()
 
     return Retrying(
         retry=retry_if_exception(may_pass),
-        wait=wait_exponential(multiplier=0.5, max=30),
+        wait=wait_exponential(multiplier=0.5, max=MOST_WAIT_SECONDS),
         stop=stop_after_delay(RETRY_SECONDS),
         before_sleep=say,
         reraise=True,
