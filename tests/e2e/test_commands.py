@@ -287,8 +287,8 @@ def test_the_first_batch_proves_that_samples_are_apart_unless_the_recipe_says_ot
     folder = write_model(tmp_path / "overflows")
     weights = load_file(folder / "model.safetensors")
     # Finite weights that no file check minds, and values behind the second layer that are no numbers.
-    weights["model.layers.1.mlp.down_proj.weight"][:] = torch.tensor([3e38, -3e38]).repeat(24)
-    weights["model.layers.1.mlp.up_proj.weight"] *= 1e4
+    for name in ("up_proj", "down_proj"):
+        weights[f"model.layers.1.mlp.{name}.weight"] *= 1e25
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     path = recipe_file(model={"path": str(folder)}, train={"max_steps": 1})
     code, out, err = run(capsys, "train", path)

@@ -43,7 +43,10 @@ def test_a_sweep_that_was_stopped_goes_on_ranks_its_trials_and_nests_them_in_mlf
     path.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "burnish.cli", "sweep", str(path)]
     with open(tmp_path / "stopped.log", "w") as said:
-        stopped = subprocess.Popen([*command, "sweep.concurrent=1"], env=as_a_user(), stdout=said, stderr=said, cwd=tmp_path)
+        stopped = subprocess.Popen(
+            [*command, "sweep.concurrent=1"], env=as_a_user(), stdout=said, stderr=said, cwd=tmp_path,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal, whoever runs the tests
+        )  # fmt: skip
     deadline = time.monotonic() + Training.deadline_seconds
     while not list((tmp_path / "runs/small/trials").glob("*/checkpoints/step-*")):
         assert stopped.poll() is None and time.monotonic() < deadline, (tmp_path / "stopped.log").read_text()
