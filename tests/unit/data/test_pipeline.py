@@ -1,5 +1,8 @@
 """Windows packed out of rendered slices, and the places of slices in a run."""
 
+import dataclasses
+import errno
+
 import numpy as np
 
 from burnish.data import order, pipeline, sources
@@ -19,6 +22,26 @@ def test_a_row_that_is_too_large_or_unreadable_is_refused_by_its_name(make_recip
     assert rows == 5 and len(packs.seq_lens) == 2
     assert [(row["row"], row["code"]) for row in refused] == [(f"{path}#{i}", "bad-row") for i in (1, 2, 3)]
     assert "bytes, more than 2,000" in refused[0]["message"] and "not a JSON object" in refused[2]["message"]
+
+
+def test_rows_are_read_again_where_their_storage_fails_for_a_while(make_recipe, monkeypatch):
+    prepared = prepare(make_recipe(data={"cache": None}))
+    part, real, failed = prepared.train.slices[0], sources._read_lines, []
+
+    def fails_in_the_middle(slice_):
+        rows = real(slice_)
+        yield next(rows)
+        if not failed:
+            failed.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+        yield from rows
+
+    right = pipeline.rendered_slice(part, prepared.rendering())
+    monkeypatch.setattr(sources, "_read_lines", fails_in_the_middle)
+    found = pipeline.rendered_slice(part, prepared.rendering())
+    assert failed and len(right.lengths) > 1
+    for field in dataclasses.fields(right):
+        assert np.array_equal(getattr(found, field.name), getattr(right, field.name)), field.name
 
 
 def test_windows_from_a_cursor_are_the_rest_and_their_shares_add_up(make_recipe):

@@ -51,6 +51,13 @@ def test_a_trial_that_diverged_or_failed_never_wins():
     assert [trial.name for trial in _rank(SweepSpec(mode="max"), trials)] == ["worse", "good"]
 
 
+def test_a_path_on_an_axis_is_found_from_the_folder_of_a_trial_too(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/a").mkdir(parents=True)
+    recipe = make_recipe(sweep={"space": {"model.path": {"choice": ["models/a", "models/b"]}}})
+    assert trial_recipe(recipe, 0, {"model.path": "models/a"}).model.path == str(tmp_path / "models/a")
+
+
 def test_a_trial_is_a_recipe_of_its_own_below_the_sweep(make_recipe, tmp_path):
     recipe = make_recipe(lora={"rank": 4}, sweep={"space": {"lora.rank": {"choice": [4, 8]}}})
     trial = trial_recipe(recipe, 3, {"lora.rank": 8, "optim.learning_rate": 1e-5})
