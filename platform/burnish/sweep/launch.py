@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,10 @@ def _sweep(
 
 @contextlib.contextmanager
 def _stopped_by_signal() -> Iterator[None]:
-    """Has SIGTERM end the block as Ctrl-C does, by a KeyboardInterrupt."""
+    """Has SIGTERM end the block as Ctrl-C does, by a KeyboardInterrupt; only the main thread hears of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
