@@ -281,12 +281,16 @@ def check_loaded(model: Any, found: dict[str, Any], place: str) -> None:
         check_finite(weight.detach(), name, place)
 
 
-def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
-    """Raises RecipeError where a weight is no number."""
+def is_finite(weight: "torch.Tensor") -> bool:
+    """Whether all numbers of a weight are finite; no copy is made."""
     import torch
 
-    # Whatever is not finite shows in the sum, which makes no copy.
-    if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+    return bool(torch.isfinite(weight.sum(dtype=torch.float32)))  # whatever is not finite shows in the sum
+
+
+def check_finite(weight: "torch.Tensor", name: str, place: str) -> None:
+    """Raises RecipeError where a weight is no number."""
+    if not is_finite(weight):
         raise RecipeError(f"{place}: {name} is not finite (NaN or infinite); copy the model again, or take another")
 
 

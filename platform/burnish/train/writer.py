@@ -31,6 +31,7 @@ from burnish.train.attempt import Progress
 from burnish.train.checkpoint import WEIGHTS, Files, best, name_of
 from burnish.train.home import Home
 from burnish.train.ledger import replace_text
+from burnish.train.model import is_finite
 from burnish.train.shelf import MANIFEST
 
 _Order: TypeAlias = "tuple[Callable[[], None], Future[None]]"
@@ -239,8 +240,7 @@ def _described(file: Path) -> dict[str, Any]:
 def _check_finite(step: int, weights: dict[str, torch.Tensor]) -> None:
     """Raises TrainingError where a weight is no number; the loss of the next step would say so too late."""
     for name, weight in weights.items():
-        # Whatever is not finite shows in the sum, which makes no copy.
-        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        if not is_finite(weight):
             raise TrainingError(
                 f"the weights after step {step} are not finite (NaN or infinite, {name} first), and no checkpoint was "
                 "written of them. Lower optim.learning_rate, or raise optim.warmup_steps, under a new name; the checkpoints "

@@ -44,3 +44,8 @@ def test_a_command_that_was_killed_is_counted_until_its_last_step(tmp_path):
     assert lines[1]["why"] == "the command was killed" and lines[1]["time"] == start["time"] + 5
     assert (lines[2]["lost_steps"], lines[2]["workers"]) == (1, 4)
     assert goodput.account(tmp_path)["run/goodput"] == pytest.approx(1 / 5)
+
+
+def test_the_end_of_an_attempt_whose_folder_is_gone_hides_nothing(tmp_path):
+    goodput.end(tmp_path / "gone", "failed")  # raises nothing in place of what ended it
+    assert not (tmp_path / "gone").exists()
