@@ -177,7 +177,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it,."""
+    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoProcesses(LoadScopeScheduling):
@@ -407,7 +407,7 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
             return lambda: nodes.remove_node(node, allow_graceful=False)
 
         for _ in range(2):
-            add(2, "any")
+            add(1, "any")
         nodes.wait_for_nodes()
         # A job looks for its cluster in this file; without it, it joins any Ray that it finds on the machine.
         write_ray_address(nodes.address, folder)

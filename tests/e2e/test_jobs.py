@@ -8,17 +8,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
+from pyarrow.fs import FileSelector
 from ray.job_submission import JobStatus, JobSubmissionClient
+from safetensors.torch import load_file
 
+from burnish.cli import main
 from burnish.config import load
-from burnish.train.checkpoint import newest
-from burnish.train.ledger import lines
 from burnish.train.prepare import check_same_recipe
-from burnish.train.shelf import Shelf
-from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, write_rows
+from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, processes_below, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -88,19 +91,23 @@ class Jobs:
 
     def __init__(self, dashboard: str) -> None:
         self.client = JobSubmissionClient(dashboard)
-        self._env = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
-        self._env |= {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "burnish")]}
+        self._runtime = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
+        self._runtime |= {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "burnish")]}
+        self.env: dict[str, str] = self._runtime["env_vars"]
 
     def submit(self, verb: str, arguments: str) -> str:
         """The id of a job that was submitted as docs say."""
-        return self.client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=self._env)
+        return self.client.submit_job(entrypoint=f"{sys.executable} jobs/{verb}.py {arguments}", runtime_env=self._runtime)
 
     def wait_until(self, done: Callable[[], object], job: str) -> None:
         """Returns once something is so."""
         deadline = time.monotonic() + Training.deadline_seconds
-        while not done():
-            assert time.monotonic() < deadline, self.client.get_job_logs(job)
-            time.sleep(0.1)
+        while True:
+            ended = self.client.get_job_status(job).is_terminal()
+            if done():
+                return
+            assert not ended and time.monotonic() < deadline, self.client.get_job_logs(job)
+            time.sleep(0.3)
 
     def end_of(self, job: str) -> tuple[JobStatus, str, int | None]:
         """How a job ended: its status, its log and the exit code of its driver."""
@@ -130,34 +137,115 @@ def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(jobs, mak
     assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
 
 
-def test_a_killed_command_goes_on_as_a_job_that_is_stopped_and_goes_on_and_is_exported(jobs, quiet):
-    command = Training(quiet.recipe, "job", quiet.address)
-    command.wait_for_step(6)
-    command.process.kill()
-    command.process.wait()
-    arguments, run = f"{quiet.recipe} name=job", command.folder
+def test_the_uninterrupted_run_is_a_fair_judge(quiet):
+    ledger = quiet.ledger()
+    assert [line["step"] for line in ledger] == list(range(1, len(ledger) + 1))
+    assert len(ledger) > 40
+    packs = [tuple(pack) for line in ledger for pack in line["packs"]]
+    assert len(packs) == len(set(packs))
+    assert ledger[-1]["loss"] < ledger[0]["loss"] - 0.5
+
+
+class Far:
+    """What stands of a run on an object store."""
+
+    def __init__(self, s3: Any) -> None:
+        self._s3 = s3
+
+    def lines(self, name: str) -> list[Any]:
+        """A record of the run, a line each."""
+        try:
+            with self._s3.open_input_stream(f"bucket/runs/far/{name}") as stream:
+                return [json.loads(line) for line in stream.read().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def starts(self) -> list[int]:
+        """The steps that its attempts began after."""
+        return [line["from_step"] for line in self.lines("attempts.jsonl") if line["event"] == "start"]
+
+    def files(self) -> list[str]:
+        """The paths of its files and folders."""
+        found = self._s3.get_file_info(FileSelector("bucket/runs/far", recursive=True, allow_not_found=True))
+        return [info.path for info in found]
+
+    def newest(self) -> int:
+        """The step of its newest checkpoint."""
+        whole = [path.split("/")[-2] for path in self.files() if path.endswith("/manifest.json")]
+        return max((int(name.removeprefix("step-")) for name in whole), default=0)
+
+
+def test_a_run_on_an_object_store_is_killed_and_stopped_and_ends_as_one_on_a_disk_that_nobody_touched(
+    jobs, s3, quiet, tmp_path, capsys, monkeypatch
+):
+    far, place = Far(s3), ["name=far", "checkpoint.storage=s3://bucket/runs?region=us-east-1"]
+    for machine in ("a", "b", "c"):
+        (tmp_path / machine).mkdir()
+
+    # A command with a Ray of its own is killed, and its machine is gone.
+    with open(tmp_path / "killed.log", "w") as said:
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "burnish.cli", "train", str(quiet.recipe), *place],
+            env={**as_a_user(), "TMPDIR": str(tmp_path / "a")}, stdout=said, stderr=said,
+        )  # fmt: skip
+    deadline = time.monotonic() + Training.deadline_seconds
+    while not far.newest():
+        assert killed.poll() is None and time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    at = far.newest()
+
+    # A job on another one goes on. A worker of it is killed, and then it is stopped.
+    jobs.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    jobs.env["TMPDIR"] = str(tmp_path / "b")
+    arguments = " ".join([str(quiet.recipe), *place])
     job = jobs.submit("train", arguments)
-    jobs.wait_until(lambda: len(list(lines(run / "ledger.jsonl"))) >= 16 and len(command.attempts()) == 2, job)
+    jobs.wait_until(lambda: len(far.starts()) == 2 and far.newest() > far.starts()[1], job)
+    workers: list[psutil.Process] = []
+    jobs.wait_until(lambda: workers.extend(processes_below(os.getpid(), "RayTrainWorker")) or workers, job)
+    workers[-1].kill()
+    jobs.wait_until(lambda: len(far.starts()) == 3 and far.newest() > far.starts()[2], job)
     assert jobs.client.stop_job(job)
     status, logs, code = jobs.end_of(job)
     # Ray notes no exit code of a job that it was asked to stop.
     assert (status, code) == (JobStatus.STOPPED, None), logs
-    ledger = list(lines(run / "ledger.jsonl"))
-    assert 16 <= len(ledger) < len(quiet.ledger()) and ledger == quiet.ledger()[: len(ledger)]
+    assert "a worker was lost" in logs
+    ledger, wanted = far.lines("ledger.jsonl"), quiet.ledger()
+    assert ledger == wanted[: len(ledger)] and far.starts()[2] < len(ledger) < len(wanted)
     assert f"stopped after step {len(ledger)}, with a checkpoint; the same command goes on from there" in logs
-    assert newest(Shelf(str(run / "checkpoints"))).progress.step == len(ledger)
+    assert far.newest() == len(ledger)
 
+    # The same job goes on to the end.
     status, logs, code = jobs.end_of(jobs.submit("train", arguments))
     assert (status, code) == (JobStatus.SUCCEEDED, 0), logs
     result = json.loads(logs.splitlines()[-1])
-    assert (result["status"], result["steps"]) == ("finished", len(quiet.ledger()))
-    first, second, third = (start["from_step"] for start in command.attempts())
-    assert first == 0 and second >= 4 and second % 4 == 0 and third == len(ledger)
-    command.assert_same(quiet)
+    assert (result["status"], result["steps"]) == ("finished", len(wanted))
+    assert result["checkpoint"].startswith("s3://bucket/runs/far/checkpoints/step-")
+    assert result["metrics"]["run/restarts"] == 3
+    first, second, third, fourth = far.starts()
+    assert first == 0 and at <= second < third and second % 4 == third % 4 == 0 and fourth == len(ledger)
+    assert not list((tmp_path / "b").glob("burnish-*/*/*")), "nothing stays on a machine"
+    assert not [path for path in far.files() if "/.part-" in path or path.endswith(("/.claim", "/STOP"))]
 
-    status, logs, _ = jobs.end_of(jobs.submit("export", str(run)))
-    assert status == JobStatus.SUCCEEDED, logs
-    assert (run / "export/model.safetensors").exists()
+    # Anybody with the address of the run reports and exports it.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "c"))
+    run = "s3://bucket/runs/far?region=us-east-1"
+    assert main(["train", str(quiet.recipe), *place]) == 0, "a run that is done is not trained again"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert main(["report", run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "s3://bucket/runs/far/report.html?region=us-east-1"
+    assert main(["export", run]) == 2 and "name one behind the run" in capsys.readouterr().err
+    folder = tmp_path / "model"
+    status, logs, _ = jobs.end_of(jobs.submit("export", f"{run} {folder}"))
+    assert status == JobStatus.SUCCEEDED and logs.splitlines()[-1] == str(folder), logs
+
+    # Records and weights are those of the run on a disk, bit for bit.
+    assert far.lines("ledger.jsonl") == wanted
+    with s3.open_input_stream("bucket/runs/far/contract.json") as stream:
+        assert stream.read() == (quiet.folder / "contract.json").read_bytes()
+    trained, weights = load_file(folder / "model.safetensors"), quiet.weights()
+    assert set(weights) <= set(trained) and all(torch.equal(trained[name], weights[name]) for name in weights)
 
 
 def test_a_local_cluster_starts_where_no_ray_ever_ran_and_leaves_nothing_behind():
