@@ -168,6 +168,8 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, 
     words = "does not fit: each of 1 workers has "
     assert code == 2 and words in said and "with packs of 20,000,000 tokens. Write " in said, said
     assert not (tmp_path / "runs" / "small" / "ledger.jsonl").exists(), "nothing was trained"
+    code, said = command("data.max_length=20000000")
+    assert code == 2 and words in said and "nothing was started" in said, "a retry holds no GPU"
     path = tmp_path / "recipe.yaml"
     assert main(["plan", str(path), "data.max_length=20000000", "--json"]) == 2
     captured = capsys.readouterr()

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray.train import TrainingFailedError
+
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import survey
@@ -79,7 +81,7 @@ def _train_once(
     try:
         return _train(prepared, home, watch, callbacks, parent_id)
     except BurnishError as error:
-        tombstone.bury(folder, error, started_from)
+        tombstone.bury(folder, error, started_from, of_workers=isinstance(error.__cause__, TrainingFailedError))
         raise
 
 

@@ -18,9 +18,15 @@ def fingerprint(recipe_yaml: str, digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([recipe_yaml, digests]).encode()).hexdigest()
 
 
-def bury(folder: Path, error: BaseException, started_from: str) -> None:
-    """Notes an error that would come again: not one of a machine or cluster, not a stop, not of the command line."""
-    if isinstance(error, BurnishError) and not isinstance(error, InfrastructureError | RecipeError | Stopped):
+def bury(folder: Path, error: BaseException, started_from: str, of_workers: bool) -> None:
+    """Notes an error that would come again: not one of a machine or cluster, not a stop, and none that costs no GPU.
+
+    What is wrong with a recipe is found again for nothing, unless workers (`of_workers`) had to start to find it.
+    """
+    passes: tuple[type[BurnishError], ...] = (InfrastructureError, Stopped)
+    if not of_workers:
+        passes += (RecipeError,)
+    if isinstance(error, BurnishError) and not isinstance(error, passes):
         note = {"error": type(error).__name__, "message": redact(str(error)), "started_from": started_from}
         with suppress(OSError):  # what ended the run is what is told
             replace_text(folder / FILE, json.dumps(note, indent=2) + "\n")
