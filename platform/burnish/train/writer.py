@@ -74,6 +74,7 @@ class Writer:
         Thread(target=_work_off, args=(self._orders,), daemon=True).start()
         finalize(self, self._orders.put, None)
         self._last: str | None = None
+        self._manifest = ""
 
     def write(self, progress: Progress, metrics: dict[str, float], snapshot: Callable[[], Files]) -> None:
         """Begins the checkpoint of a step when the one before is written. `snapshot` is called once, by the thread."""
@@ -123,11 +124,23 @@ class Writer:
         with self._failing_as(f"the checkpoint of step {progress.step}"):
             for attempt in storage.attempts("a checkpoint could not be written", self._alive):
                 with attempt:
-                    self._write_part(progress.step, files)
-                    if self._rank == 0:
-                        self._publish(progress, metrics)
+                    if not self._renamed(progress.step):
+                        self._write_part(progress.step, files)
+                        if self._rank == 0:
+                            self._publish(progress, metrics)
         if self._rank == 0:
             self._sweep()
+
+    def _renamed(self, step: int) -> bool:
+        """Whether the shared folder of this checkpoint has its name already, though the server that gave it said otherwise.
+
+        One that was asked again finds nothing to rename, and one that answers too late counts as failed (EIO).
+        """
+        if not self._manifest:
+            return False
+        with suppress(FileNotFoundError):
+            return Path(self._shelf.place, name_of(step), MANIFEST).read_text() == self._manifest
+        return False
 
     @contextmanager
     def _failing_as(self, what: str) -> Iterator[None]:
@@ -206,11 +219,8 @@ class Writer:
             os.fsync(file.fileno())
         final = Path(self._shelf.place, name)
         shutil.rmtree(final, ignore_errors=True)
-        try:
-            os.replace(unfinished, final)
-        except FileNotFoundError:  # what a server of files answers that had renamed it, and was asked again
-            if (final / MANIFEST).read_text() != text:
-                raise
+        self._manifest = text
+        os.replace(unfinished, final)
         for marker in final.glob(".part-*.json"):
             with suppress(OSError):
                 marker.unlink()

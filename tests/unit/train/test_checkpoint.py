@@ -272,13 +272,14 @@ def test_storage_that_is_gone_for_a_while_costs_no_checkpoint_and_holds_nobody_u
     assert newest(Shelf(str(folder))).progress.step == 2
 
 
-def test_a_checkpoint_that_stands_is_no_failure_whatever_comes_after(tmp_path, monkeypatch):
-    writer = Writer(place(tmp_path, keep=1), 0, 1)
+@pytest.mark.parametrize("answer", [FileNotFoundError("asked again"), OSError(errno.EIO, "too late")])
+def test_a_checkpoint_that_stands_is_no_failure_whatever_comes_after(tmp_path, monkeypatch, answer):
+    writer, other = (Writer(place(tmp_path, keep=1), rank, 2) for rank in (0, 1))
     replace, names = os.replace, Shelf.names
 
     def twice(old, new):
         replace(old, new)
-        raise FileNotFoundError("asked again")
+        raise answer
 
     def unlisted(shelf):
         raise OSError("the listing failed")
@@ -286,8 +287,9 @@ def test_a_checkpoint_that_stands_is_no_failure_whatever_comes_after(tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", lambda old, new: (twice if Path(old).is_dir() else replace)(old, new))
         patched.setattr(Shelf, "names", unlisted)
-        writer.write(Progress(2), {}, partial(files, 2))
-        writer.wait()
+        for each in (other, writer):
+            each.write(Progress(2), {}, partial(files, 2))
+            each.wait()
     assert names(Shelf(str(tmp_path / "checkpoints"))) == ["step-00000002"]
     failed = []
 
