@@ -3,18 +3,20 @@
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
+import pickle
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -99,7 +101,6 @@ def _status(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
-@ray.remote(num_cpus=1)
 class Worker:
     """One worker of a gang that meets at a port of its own."""
 
@@ -107,6 +108,7 @@ class Worker:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
         self.rank, self.world = rank, world
+        torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo")
         import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -377,33 +379,70 @@ class Worker:
         return found
 
 
+def _serve(rank: int, world: int, port: int, orders: Connection) -> None:
+    """A worker's process: it calls the methods that it is told, and sends what they return or raise."""
+    worker = Worker(rank, world, port)
+    while True:
+        method, arguments = orders.recv()
+        try:
+            answer = getattr(worker, method)(*arguments), None
+        except Exception as error:
+            answer = None, error
+        orders.send_bytes(pickle.dumps(answer))  # a tensor as its bytes, and not as memory that is shared
+
+
+class Gang:
+    """Workers that met, each in a process of its own."""
+
+    def __init__(self, world: int) -> None:
+        context, port = multiprocessing.get_context("spawn"), free_port()
+        ends = [context.Pipe() for _ in range(world)]
+        self._orders = [own for own, _ in ends]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world, port, other), daemon=True)
+            for rank, (_, other) in enumerate(ends)
+        ]
+        for process, (_, other) in zip(self._processes, ends, strict=True):
+            process.start()
+            other.close()  # so that the end of a process ends what waits for it
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each worker's method gives; raises what the first of them raises, or EOFError where one died."""
+        for orders in self._orders:
+            orders.send((method, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._orders):
+            for ready in wait([orders for rank, orders in enumerate(self._orders) if rank not in answers]):
+                answer, error = pickle.loads(ready.recv_bytes())
+                if error is not None:
+                    raise error
+                answers[self._orders.index(ready)] = answer
+        return [answers[rank] for rank in range(len(answers))]
+
+    def end(self) -> None:
+        """Ends all of them, whatever they do."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
 @pytest.fixture(scope="module")
-def gang(cluster):
+def gang():
     """Calls a method of 1, 2 or 4 workers that met; they load torch and DeepSpeed once for all tests."""
-    gangs: dict[int, list[Any]] = {}
+    gangs: dict[int, Gang] = {}
 
     def call(world: int, method: str, *arguments: Any) -> list[Any]:
         if world not in gangs:
-            port = free_port()
-            gangs[world] = [Worker.options(num_cpus=0.1).remote(rank, world, port) for rank in range(world)]
-        results = [getattr(worker, method).remote(*arguments) for worker in gangs[world]]
-        waiting = results
+            gangs[world] = Gang(world)
         try:
-            while waiting:
-                done, waiting = ray.wait(waiting)
-                ray.get(done)
+            return gangs[world].call(method, *arguments)
         except BaseException:
-            end(world)  # the others wait for the one that failed
+            gangs.pop(world).end()  # the others wait for the one that failed
             raise
-        return ray.get(results)
-
-    def end(world: int) -> None:
-        for worker in gangs.pop(world):
-            ray.kill(worker)
 
     yield call
-    for world in list(gangs):
-        end(world)
+    for each in gangs.values():
+        each.end()
 
 
 def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe):
