@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray.train import TrainingFailedError
-
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import survey
@@ -21,6 +19,7 @@ from burnish.report import report
 from burnish.train import checkpoint, goodput, tombstone
 from burnish.train.attempts import Run, Watch, attempt_until_done
 from burnish.train.cluster import check_resources, connected, role_labels
+from burnish.train.failure import came_of_workers
 from burnish.train.home import Home
 from burnish.train.ledger import append, lines
 from burnish.train.prepare import (
@@ -81,7 +80,7 @@ def _train_once(
     try:
         return _train(prepared, home, watch, callbacks, parent_id)
     except BurnishError as error:
-        tombstone.bury(folder, error, started_from, of_workers=isinstance(error.__cause__, TrainingFailedError))
+        tombstone.bury(folder, error, started_from, of_workers=came_of_workers(error))
         raise
 
 
