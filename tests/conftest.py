@@ -394,6 +394,7 @@ def cluster(ray_folder: None) -> Iterator[dict[str, Any]]:
                 head_node_args={
                     "num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": 0,
                     "temp_dir": folder, "object_store_memory": 200 << 20,
+                    "include_log_monitor": False,  # no test reads what Ray repeats of its workers' output
                 },
             )  # fmt: skip
 

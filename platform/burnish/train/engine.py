@@ -19,9 +19,18 @@ if _unneeded:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
 try:
     import deepspeed as deepspeed  # `state` reads with it
+    from deepspeed.runtime import compiler
 finally:
     if _unneeded:
         del sys.modules["mlflow"]
+
+# Its Muon optimizer, which nothing here uses either, is loaded with every engine and compiles functions where it is: that
+# loads TorchInductor, a seventh of the time in which a worker starts.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+try:
+    import deepspeed.runtime.zero.muon.original_muon
+finally:
+    compiler.compile = _compile
 
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
