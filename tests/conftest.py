@@ -39,7 +39,9 @@ _BESIDE = (
     "tests/e2e/test_jobs.py::test_a_sweep",
     "tests/e2e/test_jobs.py::test_a_local_cluster",
 )
-"""Of the tests below distributed/ and e2e/ those that share no Ray with the others, or only their workers among each other."""
+"""Of the tests below distributed/ and e2e/ those that share nothing with the others, or only their workers among each other."""
+_KILLS = ("tests/distributed/test_nodes.py", "tests/e2e/test_jobs.py")
+"""Those that compare with the quiet run, which takes a minute."""
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
@@ -177,7 +179,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process has most of what needs a Ray, and the other runs all else beside it."""
+    """With `-n 2` one process has most of what needs a Ray, and the other the kills and most of what needs none."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoProcesses(LoadScopeScheduling):
@@ -185,9 +187,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if file in _BESIDE:
                 return file
-            return (
-                "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) and not nodeid.startswith(_BESIDE) else nodeid
-            )
+            if nodeid.startswith(_BESIDE):
+                return nodeid
+            if file in _KILLS:
+                return "kills"
+            return "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) else nodeid
 
     return TwoProcesses(config, log)
 
