@@ -2,6 +2,7 @@
 
     BurnishError                1   something unexpected that still has a clear message
       RecipeError               2   the recipe or the command line asks for something impossible
+        DoesNotFit              2   no layout that the recipe leaves open fits into the memory of its workers
       DataError                 3   the rows, the tokenizer or the chat template cannot be used
       InfrastructureError       4   a machine, a disk or a cluster failed; a retry may help
       TrainingError             5   training failed for good (NaN loss)
@@ -25,6 +26,10 @@ class RecipeError(BurnishError):
     """The recipe or the command line is wrong; nothing was started."""
 
     exit_code = 2
+
+
+class DoesNotFit(RecipeError):
+    """No layout fits into the memory of the workers, which had to start to tell; a retry would start them again."""
 
 
 class DataError(BurnishError):

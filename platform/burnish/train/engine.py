@@ -24,8 +24,8 @@ finally:
     if _unneeded:
         del sys.modules["mlflow"]
 
-# Its Muon optimizer, which nothing here uses either, is loaded with every engine and compiles functions where it is: that
-# loads TorchInductor, a seventh of the time in which a worker starts.
+# Its Muon optimizer, which nothing here uses either, is loaded with every engine and compiles functions where it is,
+# which loads TorchInductor into every worker.
 _compile, compiler.compile = compiler.compile, lambda: lambda function: function
 try:
     import deepspeed.runtime.zero.muon.original_muon

@@ -123,11 +123,6 @@ def decide(error: TrainingFailedError, recipe: Recipe) -> BurnishError | None:
     return BurnishError(f"training failed: {error}")
 
 
-def came_of_workers(error: BurnishError) -> bool:
-    """Whether workers had to start to find what ended the run."""
-    return isinstance(error.__cause__, TrainingFailedError)
-
-
 def lost_to_memory(error: TrainingFailedError) -> bool:
     """Whether Ray ended a worker because its node had no memory left."""
     return any(isinstance(failure, OutOfMemoryError) for failure in getattr(error, "worker_failures", {}).values())

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
-from burnish.errors import BurnishError, RecipeError, one_line
+from burnish.errors import BurnishError, DoesNotFit, RecipeError, one_line
 from burnish.train.adapters import with_adapters
 from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose
 from burnish.train.model import configuration, recompute
@@ -57,7 +57,7 @@ def agree(recipe: Recipe, cuda: bool, local_workers: int) -> tuple[Recipe, Footp
     dist.all_reduce(most, dist.ReduceOp.MAX)
     refused, stage, recomputes = most.tolist()
     if refused:
-        raise refusal or RecipeError(f"model.path: {recipe.model.path} does not fit on another worker")
+        raise refusal or DoesNotFit(f"model.path: {recipe.model.path} does not fit on another worker")
     return Layout(stage, bool(recomputes)).of(recipe), needed
 
 

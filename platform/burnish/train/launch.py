@@ -19,7 +19,6 @@ from burnish.report import report
 from burnish.train import checkpoint, goodput, tombstone
 from burnish.train.attempts import Run, Watch, attempt_until_done
 from burnish.train.cluster import check_resources, connected, role_labels
-from burnish.train.failure import came_of_workers
 from burnish.train.home import Home
 from burnish.train.ledger import append, lines
 from burnish.train.prepare import (
@@ -80,7 +79,7 @@ def _train_once(
     try:
         return _train(prepared, home, watch, callbacks, parent_id)
     except BurnishError as error:
-        tombstone.bury(folder, error, started_from, of_workers=came_of_workers(error))
+        tombstone.bury(folder, error, started_from)
         raise
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from burnish.config import Recipe
-from burnish.errors import RecipeError
+from burnish.errors import DoesNotFit
 
 BUCKET_ELEMENTS = 100_000_000
 """Gradients that DeepSpeed sends between workers at once. Its default is five times that, a gigabyte of every GPU."""
@@ -110,11 +110,11 @@ def choose(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> tuple[
     """The fastest layout that a recipe leaves open and for which each worker has room; what it needs there.
 
     To recompute activations costs a third to half of the arithmetic, more than to gather shared weights; so what is sharded
-    gives way first. Raises RecipeError where none fits, with what was found and what would fit.
+    gives way first. Raises DoesNotFit where none does, with what was found and what would fit.
     """
     offloads, state = _offloads(recipe, room), 12 * sizes.trained // num_workers
     if offloads and room.host is not None and state > USABLE * room.host:
-        raise RecipeError(
+        raise DoesNotFit(
             f"engine.offload: the optimizer's state does not fit: each of {num_workers} workers has "
             f"{room.host / 1e9:.2f} GB of its host's memory and needs {state / 1e9:.2f} GB. Take more nodes"
         )
@@ -127,7 +127,7 @@ def choose(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> tuple[
         return layout, needed
     fitting = list(_fitting(recipe, sizes, room, num_workers))
     advice = f"Write {', or '.join(fitting)}" if fitting else "Take a smaller model, or devices with more memory"
-    raise RecipeError(
+    raise DoesNotFit(
         f"model.path: {recipe.model.path} does not fit: each of {num_workers} workers has {room.device / 1e9:.2f} GB and "
         f"needs at least {needed}, with packs of {sizes.tokens:,} tokens. {advice}"
     )

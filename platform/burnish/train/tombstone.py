@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from burnish import errors
-from burnish.errors import BurnishError, InfrastructureError, RecipeError, Stopped
+from burnish.errors import BurnishError, DoesNotFit, InfrastructureError, RecipeError, Stopped
 from burnish.redact import redact
 from burnish.train.ledger import replace_text
 
@@ -18,15 +18,14 @@ def fingerprint(recipe_yaml: str, digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([recipe_yaml, digests]).encode()).hexdigest()
 
 
-def bury(folder: Path, error: BaseException, started_from: str, of_workers: bool) -> None:
-    """Notes an error that would come again: not one of a machine or cluster, not a stop, and none that costs no GPU.
+def bury(folder: Path, error: BaseException, started_from: str) -> None:
+    """Notes an error that would come again: not one of a machine or cluster, and not a stop.
 
-    What is wrong with a recipe is found again for nothing, unless workers (`of_workers`) had to start to find it.
+    What else is wrong with a recipe is found again before a worker starts, or may be mended where `started_from` does not
+    see it, as by a library that is installed or a damaged model that is copied again.
     """
-    passes: tuple[type[BurnishError], ...] = (InfrastructureError, Stopped)
-    if not of_workers:
-        passes += (RecipeError,)
-    if isinstance(error, BurnishError) and not isinstance(error, passes):
+    passes = isinstance(error, InfrastructureError | Stopped | RecipeError) and not isinstance(error, DoesNotFit)
+    if isinstance(error, BurnishError) and not passes:
         note = {"error": type(error).__name__, "message": redact(str(error)), "started_from": started_from}
         with suppress(OSError):  # what ended the run is what is told
             replace_text(folder / FILE, json.dumps(note, indent=2) + "\n")

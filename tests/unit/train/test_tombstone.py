@@ -2,36 +2,33 @@
 
 import pytest
 
-from burnish.errors import DataError, InfrastructureError, RecipeError, Stopped, TrainingError
+from burnish.errors import DataError, DoesNotFit, InfrastructureError, RecipeError, Stopped, TrainingError
 from burnish.train.tombstone import bury, check, fingerprint
 
 STARTED_FROM = fingerprint("optim: {learning_rate: 1}", {"train": "ab"})
 
 
 @pytest.mark.parametrize(
-    "error", [TrainingError("the loss of step 3 is nan"), DataError("too many rows refused"), RecipeError("does not fit")]
+    "error", [TrainingError("the loss of step 3 is nan"), DataError("too many rows refused"), DoesNotFit("x")]
 )
 def test_an_error_that_would_come_again_comes_at_once(tmp_path, error):
     check(tmp_path, STARTED_FROM, "failed.json")
-    bury(tmp_path, error, STARTED_FROM, of_workers=True)
+    bury(tmp_path, error, STARTED_FROM)
     with pytest.raises(type(error), match=f"{error}.*delete .*failed.json") as found:
         check(tmp_path, STARTED_FROM, "failed.json")
     assert found.value.exit_code == error.exit_code
 
 
-@pytest.mark.parametrize(
-    ("error", "of_workers"),
-    [(InfrastructureError("x"), True), (Stopped("x"), True), (RecipeError("x"), False), (KeyboardInterrupt(), True)],
-)
-def test_what_may_pass_or_costs_no_gpu_is_tried_again(tmp_path, error, of_workers):
-    bury(tmp_path, error, STARTED_FROM, of_workers)
+@pytest.mark.parametrize("error", [InfrastructureError("x"), Stopped("x"), RecipeError("x"), KeyboardInterrupt()])
+def test_what_may_pass_is_tried_again(tmp_path, error):
+    bury(tmp_path, error, STARTED_FROM)
     check(tmp_path, STARTED_FROM, "failed.json")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_recipe_or_other_rows_are_tried(tmp_path):
     for other in (fingerprint("optim: {learning_rate: 2}", {"train": "ab"}), fingerprint("optim: {}", {"train": "cd"})):
-        bury(tmp_path, TrainingError("x"), STARTED_FROM, of_workers=True)
+        bury(tmp_path, TrainingError("x"), STARTED_FROM)
         check(tmp_path, other, "failed.json")
         assert list(tmp_path.iterdir()) == []
     (tmp_path / "failed.json").write_text("torn")
