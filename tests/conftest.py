@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Set before Ray, transformers or MLflow are imported anywhere: no token authentication, no downloads, no bars, and a look at
-# workers twice a second, so that short runs end soon.
+# Set before torch, Ray, transformers or MLflow are imported anywhere: no token authentication, no downloads, no bars, a look at
+# workers twice a second, so that short runs end soon, and one thread a process, of which there are always more than cores: a
+# thread that waits for another one spins.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,12 +38,10 @@ _BESIDE = (
     "tests/distributed/test_engine.py",
     "tests/distributed/test_footprint.py",
     "tests/e2e/test_verify.py",
-    "tests/e2e/test_jobs.py::test_a_sweep",
+    "tests/e2e/test_sweep.py",
     "tests/e2e/test_jobs.py::test_a_local_cluster",
 )
 """Of the tests below distributed/ and e2e/ those that share nothing with the others, or only their workers among each other."""
-_KILLS = ("tests/distributed/test_nodes.py", "tests/e2e/test_jobs.py")
-"""Those that compare with the quiet run, which takes a minute."""
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
@@ -189,8 +189,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return file
             if nodeid.startswith(_BESIDE):
                 return nodeid
-            if file in _KILLS:
-                return "kills"
+            if file == "tests/e2e/test_jobs.py":  # which has the kills
+                return file
             return "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) else nodeid
 
     return TwoProcesses(config, log)

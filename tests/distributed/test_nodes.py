@@ -10,7 +10,7 @@ import pytest
 from burnish.train.ledger import lines
 from tests.conftest import Training, nodes_by_role
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Sweeps, and jobs/*.py under `ray job submit` on a real cluster with a dashboard."""
+"""jobs/*.py under `ray job submit` on a real cluster with a dashboard."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,71 +18,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.config import load
-from burnish.train.prepare import check_same_recipe
-from tests.conftest import ROOT, Training, as_a_user, conversation, free_port, processes_below, write_rows
+from tests.conftest import ROOT, Training, as_a_user, free_port, processes_below
 
 pytestmark = pytest.mark.e2e
-
-
-def test_a_sweep_that_was_stopped_goes_on_ranks_its_trials_and_nests_them_in_mlflow(
-    ray_folder, make_recipe, model_folder, tmp_path, monkeypatch
-):
-    from mlflow.tracking import MlflowClient
-
-    held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(50, 56)])
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    recipe = make_recipe(
-        lora={"rank": 2},
-        model={"path": os.path.relpath(model_folder, tmp_path)},
-        data={"eval": [{"path": str(held_out)}]},
-        train={"max_steps": 8, "eval_every_steps": 2},
-        tracking={"uri": uri},
-        sweep={"space": {"lora.rank": {"choice": [2, 4]}, "optim.learning_rate": {"choice": [1e-8, 1e-1]}}, "trials": 2,
-               "concurrent": 2},
-    )  # fmt: skip
-    path = tmp_path / "sweep.yaml"
-    path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "burnish.cli", "sweep", str(path)]
-    with open(tmp_path / "stopped.log", "w") as said:
-        stopped = subprocess.Popen(
-            [*command, "sweep.concurrent=1"], env=as_a_user(), stdout=said, stderr=said, cwd=tmp_path,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal, whoever runs the tests
-        )  # fmt: skip
-    deadline = time.monotonic() + Training.deadline_seconds
-    while not list((tmp_path / "runs/small/trials").glob("*/checkpoints/step-*")):
-        assert stopped.poll() is None and time.monotonic() < deadline, (tmp_path / "stopped.log").read_text()
-        time.sleep(0.05)
-    stopped.send_signal(signal.SIGINT)
-    assert stopped.wait(Training.deadline_seconds) == 75, (tmp_path / "stopped.log").read_text()
-    assert "stopped; the same command goes on" in (tmp_path / "stopped.log").read_text()
-    assert not (tmp_path / "runs/small/best.yaml").exists(), "what was trained halfway is no result"
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("burnish")
-    parent = json.loads((tmp_path / "runs/small/mlflow.json").read_text())["run_id"]
-    stood = {each.info.run_id: each.info.status for each in client.search_runs([experiment.experiment_id])}
-    assert stood.pop(parent) == "KILLED" and set(stood.values()) <= {"KILLED", "FINISHED"}
-    done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert {"status", "run", "run_id", "steps", "checkpoint", "metrics"} <= set(result)
-    reported = [trial for trial in result["trials"] if trial["eval/loss"] is not None]
-    assert len(result["trials"]) == 2 and reported
-    best = min(reported, key=lambda trial: trial["eval/loss"])
-    assert result["best"]["trial"] == best["trial"]
-    assert "(best)" in done.stderr and "optim.learning_rate" in done.stderr
-    chosen = yaml.safe_load((tmp_path / "runs/small/best.yaml").read_text())
-    assert chosen["optim"]["learning_rate"] == best["optim.learning_rate"] and chosen["sweep"] is None
-    runs = {each.info.run_id: each for each in client.search_runs([experiment.experiment_id])}
-    nested = {name for name, each in runs.items() if each.data.tags.get("mlflow.parentRunId") == result["run_id"]}
-    assert set(runs) == {*nested, result["run_id"]}
-    own = {json.loads(file.read_text())["run_id"] for file in (tmp_path / "runs/small/trials").glob("*/mlflow.json")}
-    assert len(own) == 2 and own <= nested
-    assert runs[result["run_id"]].info.status == "FINISHED"
-    # A trial that had no checkpoint yet when the sweep was stopped begins anew, also in MLflow.
-    assert all(runs[name].info.status in (("FINISHED", "KILLED") if name in own else ("KILLED",)) for name in nested)
-    monkeypatch.chdir(tmp_path)
-    check_same_recipe(load(path), tmp_path / "runs/small")  # the same command goes on
 
 
 class Jobs:
