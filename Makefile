@@ -3,6 +3,8 @@
 # A new machine needs Python 3.11, pip and make; the first target installs the rest into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# What is compiled once stays, whatever the environment says, so that the install compiles only what is used.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check docs clean
 
@@ -26,5 +28,7 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv (the first time takes some minutes)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip # Python 3.11's own takes twice as long
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "import deepspeed, mlflow, peft, ray.data, ray.train, torch, transformers"
 	@touch $@

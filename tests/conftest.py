@@ -18,6 +18,8 @@ from typing import Any
 # workers twice a second, so that short runs end soon, and one thread a process, of which there are always more than cores: a
 # thread that waits for another one spins.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Else all that waits for Ray's workers, and the other tests, have the cores before them.
+os.environ |= {"RAY_worker_niceness": "0"}
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -62,7 +62,7 @@ def test_files_that_are_missing_empty_or_broken(command, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda path: path.unlink(), "No such file"),
+        pytest.param(lambda path: path.unlink(), "No such file", marks=pytest.mark.soak),
         (lambda path: path.write_text(path.read_text().replace("copper", "bronze")), "are not what they were"),
     ],
     ids=["vanishes", "changes"],

@@ -49,9 +49,9 @@ def test_what_a_library_prints_is_no_part_of_the_result(capsys, recipe_file, mon
     ("architecture", "template", "lora", "workers", "stage", "dtype"),
     [
         ("llama", LLAMA3, {"rank": 4, "variant": "rslora", "train_tokens": ["<|eot_id|>"]}, 2, 3, "bfloat16"),
-        ("qwen3", CHATML, None, 2, 2, "float32"),
         ("mistral", CHATML, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head"]}, 1, 0, "float32"),
-        ("gemma", LLAMA3, None, 1, 3, "bfloat16"),
+        pytest.param("qwen3", CHATML, None, 2, 2, "float32", marks=pytest.mark.soak),
+        pytest.param("gemma", LLAMA3, None, 1, 3, "bfloat16", marks=pytest.mark.soak),
     ],
 )
 def test_a_model_of_ones_own_is_trained_exported_and_answers(
