@@ -43,7 +43,7 @@ _BESIDE = (
     "tests/e2e/test_sweep.py",
     "tests/e2e/test_jobs.py::test_a_local_cluster",
 )
-"""Of the tests below distributed/ and e2e/ those that share nothing with the others, or only their workers among each other."""
+"""Of the tests below distributed/ and e2e/ those that need no cluster, or one of their own."""
 
 CHATML = (
     "{%- if tools %}{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
@@ -181,7 +181,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process has most of what needs a Ray, and the other the kills and most of what needs none."""
+    """With `-n 2` one process has what needs the cluster, which idles for a tenth of the cores, and the other one the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoProcesses(LoadScopeScheduling):
@@ -191,8 +191,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return file
             if nodeid.startswith(_BESIDE):
                 return nodeid
-            if file == "tests/e2e/test_jobs.py":  # which has the kills
-                return file
             return "ray" if file.startswith(("tests/distributed/", "tests/e2e/")) else nodeid
 
     return TwoProcesses(config, log)
