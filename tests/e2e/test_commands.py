@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
+from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.cli import main
 from burnish.train.ledger import lines
-from tests.conftest import CHATML, LLAMA3, conversation, write_model, write_rows
+from tests.conftest import CHATML, LLAMA3, Training, conversation, processes_below, write_model, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -299,18 +302,37 @@ def test_the_first_batch_proves_that_samples_are_apart_unless_the_recipe_says_ot
     assert (code, out) == (5, "") and "the loss of step 1 is nan" in err, err
 
 
-def test_a_window_of_refused_rows_is_no_step_and_its_reasons_are_kept(cluster, capsys, recipe_file, tmp_path):
+def kill_a_worker_behind_a_checkpoint(folder: Path) -> None:
+    """Kills the worker of the run that this process trains, as soon as a checkpoint stands."""
+    deadline = time.monotonic() + Training.deadline_seconds
+    while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for worker in processes_below(os.getpid(), "RayTrainWorker"):
+        worker.kill()
+
+
+def test_a_killed_worker_costs_no_step_and_refused_rows_are_none_and_their_reasons_are_kept(
+    cluster, capsys, recipe_file, tmp_path, caplog
+):
     bad = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(4)]
     rows = write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(4)), *bad])
     path = recipe_file(
         data={"train": [{"path": str(rows)}], "window_rows": 4, "max_refused": 0.5},
         train={"global_batch_size": 1, "epochs": 3},
-        checkpoint={"every_steps": None},
     )
+    killer = Thread(target=kill_a_worker_behind_a_checkpoint, args=(tmp_path / "runs" / "small",))
+    killer.start()
     code, out, err = run(capsys, "train", path)
+    killer.join()
     assert code == 0, err
+    assert json.loads(out)["metrics"]["run/restarts"] == 1 and "a worker was lost" in caplog.text
     ledger = [json.loads(line) for line in (tmp_path / "runs/small/ledger.jsonl").read_text().splitlines()]
     assert json.loads(out)["steps"] == len(ledger) and all(line["packs"] and line["trained_tokens"] for line in ledger)
+    assert [line["step"] for line in ledger] == list(range(1, len(ledger) + 1))
+    packs = [tuple(pack) for line in ledger for pack in line["packs"]]
+    assert len(packs) == len(set(packs))
+    starts = [line["from_step"] for line in lines(tmp_path / "runs/small/attempts.jsonl") if line["event"] == "start"]
+    assert len(starts) == 2 and starts[1] >= 2
     assert {epoch for line in ledger for epoch, _, _ in line["packs"]} == {0, 1, 2}
     refused = [json.loads(line) for line in (tmp_path / "runs/small/refused.jsonl").read_text().splitlines()]
     assert sorted(line["row"] for line in refused) == [f"{rows}#{i}" for i in range(4, 8)], "each once, not each epoch"

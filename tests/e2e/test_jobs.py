@@ -76,6 +76,7 @@ def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(jobs, mak
     assert (status, code) == (JobStatus.FAILED, 2) and "name: must be lower-case" in logs, logs
 
 
+@pytest.mark.soak
 def test_the_uninterrupted_run_is_a_fair_judge(quiet):
     ledger = quiet.ledger()
     assert [line["step"] for line in ledger] == list(range(1, len(ledger) + 1))
@@ -137,6 +138,7 @@ PLACE = ["name=far", "checkpoint.storage=s3://bucket/runs?region=us-east-1"]
 RUN = "s3://bucket/runs/far?region=us-east-1"
 
 
+@pytest.mark.soak
 def test_a_job_on_an_object_store_loses_a_worker_and_is_stopped_and_ends_as_a_run_on_a_disk_that_nobody_touched(
     jobs, far, quiet, tmp_path, capsys, monkeypatch
 ):
