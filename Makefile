@@ -28,7 +28,7 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv (the first time takes some minutes)"
 	$(PYTHON) -m venv .venv
-	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip # Python 3.11's own takes twice as long
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip # Python 3.11's own resolves slowly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "import deepspeed, mlflow, peft, ray.data, ray.train, torch, transformers"
 	@touch $@

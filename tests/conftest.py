@@ -181,7 +181,7 @@ def make_recipe(model_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process has what needs the cluster, which idles for a tenth of the cores, and the other one the rest."""
+    """With `-n 2` one process has what needs the cluster, since a second one would cost its idle time, and the other the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoProcesses(LoadScopeScheduling):
