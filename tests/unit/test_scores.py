@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import pytest
 
@@ -38,8 +39,11 @@ filter_list: [{{name: first-word, filter: [{{function: regex, regex_pattern: "(.
 
 
 @pytest.fixture
-def exported(tmp_path, make_recipe):
-    """What an export of all weights holds as far as scores read it, and a task of its own."""
+def exported(tmp_path, make_recipe, monkeypatch):
+    """What an export of all weights holds as far as scores read it, and tasks of its own, without lm-eval's thousands."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     folder = write_model(tmp_path / "run" / "export")
     recipe = make_recipe(model={"path": str(folder)})
     contract = Contract.of(load_template(recipe), {}, {})
