@@ -460,8 +460,8 @@ def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe, everywhere)
     ]
     expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora, tokens)}
     for world in (1, 2, 4):
-        some = [(True, False), (False, True)] if world == 2 else [(True, False)]
-        asked = [kind for kind in kinds if everywhere or kind[2:4] in some]
+        usual = [(True, False), (True, True), (False, True)] if world == 2 else [(True, False)]
+        asked = [kind for kind in kinds if everywhere or kind[2:4] in usual]
         runs = [
             make_recipe(
                 model={"activation_checkpointing": recomputed},

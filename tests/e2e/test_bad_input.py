@@ -8,7 +8,6 @@ import pytest
 from burnish.cli import main
 from burnish.data.contract import Contract
 from burnish.data.tokenizer import load_template
-from burnish.plan import show
 from burnish.train.checkpoint import newest
 from burnish.train.ledger import lines
 from burnish.train.prepare import write_run_folder
@@ -165,7 +164,7 @@ def test_more_workers_than_the_cluster_can_place(cluster, command):
     assert code == 2 and "this cluster has 4" in said and "scale.num_workers: 3" in said, said
 
 
-def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, capsys, make_recipe, tmp_path):
+def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, capsys, tmp_path, monkeypatch):
     code, said = command("data.max_length=20000000")
     words = "does not fit: each of 1 workers has "
     assert code == 2 and words in said and "with packs of 20,000,000 tokens. Write " in said, said
@@ -178,7 +177,8 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, 
     plan = json.loads(captured.out)
     assert words in captured.err and words in plan["misfit"] and plan["memory"] is plan["seconds"] is None
     assert plan["rows"] == 40, "what can be counted is"
-    show(plan)
+    monkeypatch.setattr("burnish.plan.plan", lambda recipe: plan)  # the same once more, as a table
+    assert main(["plan", str(path), "data.max_length=20000000"]) == 2
     assert "memory a worker" in (shown := capsys.readouterr().out) and "does not fit" in shown
 
 
