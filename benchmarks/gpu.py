@@ -140,9 +140,9 @@ def steps(folder: Path, lora: dict[str, Any] | None, kernels: tuple[str, ...], r
     """Prints the table of steps."""
     contenders: dict[str, Any] = {}
     makers: dict[str, Callable[[], Any]] = {
-        f"burnish, {kernel}": partial(Ours, recipe_of(folder, lora, kernel, 0)) for kernel in kernels
+        f"burnish, {kernel}": partial(Ours, recipe_of(folder, lora, kernel, 2)) for kernel in kernels
     }
-    plain = recipe_of(folder, lora, "sdpa", 0)
+    plain = recipe_of(folder, lora, "sdpa", 2)
     makers |= {
         "transformers, padded (sdpa)": partial(Theirs, plain, packed=False),
         "transformers, packed (flash-attn)": partial(Theirs, plain, packed=True),

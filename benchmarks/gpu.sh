@@ -16,6 +16,7 @@ pack() {
   for name in "${lacking[@]}"; do
     wanted+=("$(grep -iE "^${name/-/[-_]}==" constraints.txt)")
   done
+  wanted+=("liger-kernel==0.8.5") # no dependency of a machine without a GPU, so that no constraint names it
   python3 -m pip wheel --quiet --no-deps --wheel-dir .gpu/wheels "$(grep -i '^deepspeed==' constraints.txt)"
   python3 -m pip wheel --quiet --no-deps --wheel-dir .gpu/wheels "$(grep -i '^hjson==' constraints.txt)"
   python3 -m pip install --quiet --no-deps --only-binary=:all: --python-version "$1" --implementation cp \

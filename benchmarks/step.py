@@ -4,9 +4,10 @@
 
 The same samples of log-normal length, the same random weights and fresh adapters of rank 16 on all linear layers, a step of
 AdamW after each batch, interleaved; padding is not counted. `burnish` takes the batch as packs (`train/step.py`), without
-Ray. `TRL, defaults` is the collator, batch size (8), checkpointing of activations and loss of SFTTrainer; `TRL, tuned` recomputes
-nothing and sorts a batch by length, and on a GPU packs with flash-attn where that is installed. On a CPU the model is tiny and
-float32, on a GPU of the named size in bfloat16. Losses of the first batch must agree.
+Ray; on a GPU also with `model.kernels: plain`. `TRL, defaults` is the collator, batch size (8), checkpointing of activations
+and loss of SFTTrainer; `TRL, tuned` recomputes nothing and sorts a batch by length, and on a GPU packs with flash-attn where
+that is installed. On a CPU the model is tiny and float32, on a GPU of the named size in bfloat16. Losses of the first batch
+must agree.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def recipe_of(folder: Path, capacity: int, lora: bool) -> Recipe:
             "lora": {"rank": 16, "alpha": 32} if lora else None,
             "data": {"train": [{"path": str(folder / "unused.jsonl")}], "max_length": capacity},
             "train": {"global_batch_size": 1},
-            "engine": {"zero_stage": 0},
+            "engine": {"zero_stage": 2},
             "scale": {"num_workers": 1, "use_gpu": CUDA},
             "tracking": {"uri": None},
         },
@@ -155,8 +156,10 @@ def main() -> None:
         made.save_pretrained(folder / "model")
         del made
         recipe = recipe_of(folder, capacity, not arguments.all_weights)
+        plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"kernels": "plain"})})
         steps = {
             "burnish": burnish(recipe),
+            **({"burnish, kernels: plain": burnish(plain)} if CUDA else {}),
             "TRL, defaults": supervised(recipe, folder, tuned=False),
             "TRL, tuned": supervised(recipe, folder, tuned=True),
         }

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import traceback
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection, wait
@@ -20,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PhiConfig, Qwen3MoeConfig
 
 from burnish.config import Recipe
@@ -93,6 +97,20 @@ def plain(recipe: Recipe) -> Trained:
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)))
         optimizer.step()
     return found
+
+
+class Reads(TorchDispatchMode):
+    """Where values of tensors are asked for, which on a GPU the host waits for: file, line and function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero"):
+            callers = [each for each in traceback.extract_stack()[:-1] if "/torch/" not in each.filename]
+            self.found.add(f"{Path(callers[-1].filename).name}:{callers[-1].lineno} {callers[-1].name}")
+        return func(*args, **(kwargs or {}))
 
 
 def _status(name: str) -> int:
@@ -215,36 +233,97 @@ class Worker:
 
     def losses(self, recipe: Recipe, folder: str, resumes: bool) -> list[float]:
         """Loss and gradient norm of three of the loop's own steps, or of the third from a checkpoint of the first two."""
-        from burnish.train import checkpoint, loop, worker, writer
+        from burnish.train import checkpoint, writer
         from burnish.train import engine as ds
         from burnish.train.build import build_model
-        from burnish.train.model import pack_cost
-        from burnish.train.objective import Objective
         from burnish.train.state import State, load_optimizer
-        from burnish.train.throughput import Meter
 
-        home, saved = Home(Path(folder)), Path(folder, "saved")
+        saved = Path(folder, "saved")
         model = build_model(recipe, False, self.world, saved / checkpoint.WEIGHTS if resumes else None)
         engine = ds.build_engine(recipe, model, self.world)
         if resumes:
             load_optimizer(engine, saved / checkpoint.OPTIMIZER)
+        state, found = State(engine), []
+        with self.stepping(recipe, folder, engine) as train_step:
+            for step in (3,) if resumes else (1, 2, 3):
+                metrics = train_step(step)
+                found += [metrics["train/loss"], metrics["train/grad_norm"]]
+                if step == 2:
+                    writer.write_files(saved, state.snapshot({})())
+                    torch.distributed.barrier()
+        return found
+
+    @contextmanager
+    def stepping(self, recipe: Recipe, folder: str, engine) -> Iterator[Callable[[int], dict[str, float]]]:
+        """Takes one of the steps as the loop does, and gives its metrics."""
+        from burnish.train import loop, worker
+        from burnish.train.model import pack_cost
+        from burnish.train.objective import Objective
+        from burnish.train.throughput import Meter
+
+        home = Home(Path(folder))
         attempt = Attempt("attempt", recipe, folder, None, Progress(), None, (), (), None, True, 1, "", None, False, None)
-        watchdog, state = Watchdog(home, self.rank, 600.0), State(engine)
+        watchdog = Watchdog(home, self.rank, 600.0)
         own = worker.Worker(
             attempt, home, engine, Objective(engine, engine.device), watchdog, Meter(pack_cost(recipe), None)
         )
-        found = []
-        for step, packs in list(enumerate(make_packs(), 1))[2 if resumes else 0 :]:
+
+        def train_step(step: int) -> dict[str, float]:
+            packs = make_packs()[step - 1]
             names = tuple((0, 0, index) for index in range(len(packs)))
             tokens, trained = sum(len(pack.input_ids) for pack in packs), sum(pack.trained_tokens for pack in packs)
             meta = StepMeta(names, tokens, trained, step / 4, Cursor(), (), 1, 1.0)
             share = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
-            metrics, _ = loop.train_step(own, Batch(share, meta, 0.0), step)
-            found += [metrics["train/loss"], metrics["train/grad_norm"]]
-            if step == 2:
-                writer.write_files(saved, state.snapshot({})())
-                torch.distributed.barrier()
-        watchdog.rest()
+            return loop.train_step(own, Batch(share, meta, 0.0), step)[0]
+
+        try:
+            yield train_step
+        finally:
+            watchdog.rest()
+
+    def overflow(self, recipes: list[Recipe], folder: str) -> list[str]:
+        """How each run ends where a gradient is infinite in the second step, on the last worker, and the loss is not."""
+        from burnish.errors import TrainingError
+        from burnish.train import engine as ds
+        from burnish.train.build import build_model
+        from burnish.train.model import decoder_layers
+
+        ends = []
+        for recipe in recipes:
+            engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
+            with self.stepping(recipe, folder, engine) as train_step:
+                train_step(1)
+                if self.rank == self.world - 1:
+                    decoder_layers(engine.module)[1].register_forward_pre_hook(
+                        lambda _, inputs: inputs[0].register_hook(lambda gradient: gradient * float("inf")) and None
+                    )
+                try:
+                    train_step(2)
+                    ends.append("went on")
+                except TrainingError as error:
+                    ends.append(str(error))
+        return ends
+
+    def reads(self, recipes: list[Recipe]) -> list[set[str]]:
+        """Where the host asks for a value that the device has computed, in `take` of the fourth step of each recipe.
+
+        By then ZeRO-3 knows the order of layers.
+        """
+        from burnish.train import engine as ds
+        from burnish.train.build import build_model
+        from burnish.train.objective import Objective
+        from burnish.train.step import Step, take
+
+        found = []
+        for recipe in recipes:
+            engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
+            objective = Objective(engine, engine.device)
+            for number, packs in enumerate([*make_packs(), make_packs()[0]], 1):
+                own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
+                told = Step(number, 1e-3, sum(pack.trained_tokens for pack in packs), 0)
+                with Reads() as reads:
+                    take(engine, objective, own, told)
+            found.append(reads.found)
         return found
 
     def loading(self, recipe: Recipe) -> tuple[int, bool, dict[str, torch.Tensor]]:
@@ -588,6 +667,33 @@ def test_the_state_of_adapters_is_small_and_the_same_on_any_number_of_workers(ga
     assert adapters.total() <= whole.total() / 20
     for world, stages in ((1, (0,)), (2, (0, 1, 2, 3)), (4, (1, 3))):
         assert states(world, [(lora, stage) for stage in stages]) == [adapters] * len(stages)
+
+
+def test_the_host_asks_for_nothing_that_the_device_computes_within_a_step(gang, make_recipe):
+    """`train_step` asks once, for the loss and the norm. DeepSpeed's optimizer of 16 bits without shards asks for every gradient."""
+    kinds = [
+        *product(("float32",), (None, {"rank": 4}), (0, 1, 2, 3)),
+        *product(("bfloat16",), (None, {"rank": 4}), (1, 2, 3)), ("bfloat16", {"rank": 4}, 0),
+    ]  # fmt: skip
+    recipes = [
+        make_recipe(model={"dtype": dtype}, lora=adapters, scale={"num_workers": 2}, engine={"zero_stage": stage})
+        for dtype, adapters, stage in kinds
+    ]
+    for found in gang(2, "reads", recipes):
+        *others, whole = found
+        assert dict(zip(map(str, kinds), others, strict=False)) == {str(kind): set() for kind in kinds[:-1]}
+        assert any("has_inf_or_nan" in place or "has_overflow" in place for place in whole)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_on_every_worker_though_the_loss_is_one(gang, make_recipe, tmp_path):
+    kinds = [*product(("float32", "bfloat16"), (None, {"rank": 4}), (0, 1, 2, 3))]
+    recipes = [
+        make_recipe(model={"dtype": dtype}, lora=adapters, scale={"num_workers": 2}, engine={"zero_stage": stage})
+        for dtype, adapters, stage in kinds
+    ]
+    for ends in gang(2, "overflow", recipes, str(tmp_path)):
+        for kind, end in zip(kinds, ends, strict=True):
+            assert re.match(r"the loss of step 2 is [0-9.]+, its gradient norm (inf|nan); its packs", end), (kind, end)
 
 
 def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers(gang, make_recipe, tmp_path):

@@ -4,18 +4,20 @@ One process, so that a machine with one GPU can run it: `python -m pytest -m gpu
 """
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from burnish.errors import TrainingError
-from burnish.train import memory, objective, self_test
+from burnish.train import kernels, memory, objective, self_test
 from burnish.train.attention import FLASH, SDPA, VARLEN, register
 from burnish.train.failure import memory_advice
+from burnish.train.kernels import choose
 from burnish.train.objective import Objective
 from tests.conftest import Training, conversation, free_port, tiny_config, write_model, write_rows
-from tests.distributed.test_engine import make_packs, plain
+from tests.distributed.test_engine import STEPS, make_packs, plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -80,6 +82,54 @@ def test_a_step_is_the_plain_step_of_the_cpu(make_recipe, tmp_path, zero_stage, 
     assert np.allclose(losses, wanted.losses, rtol=tolerance, atol=0)
     for found, gradient in zip(gradients, wanted.gradients, strict=True):
         assert (found - gradient).norm() < tolerance * gradient.norm()
+
+
+@pytest.mark.parametrize("chosen", ["plain", "compiled"])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_the_host_waits_for_nothing_within_a_step(make_recipe, tmp_path, lora, chosen):
+    from burnish.train import engine as ds
+    from burnish.train.build import build_model
+    from burnish.train.step import Step, take
+
+    recipe = make_recipe(
+        model={"path": str(write_model(tmp_path / "model")), "dtype": "bfloat16", "kernels": chosen}, lora=lora,
+        engine={"zero_stage": 2}, scale={"use_gpu": True},
+    )  # fmt: skip
+    engine = ds.build_engine(recipe, build_model(recipe, cuda=True), 1)
+    loss_of = Objective(engine, CUDA)
+    try:
+        for number, packs in enumerate([*make_packs(), *make_packs()], 1):
+            rows = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs]
+            told = Step(number, 1e-3, sum(pack.trained_tokens for pack in packs), 0)
+            torch.cuda.set_sync_debug_mode(
+                "default" if number <= STEPS else "error"
+            )  # the first ones take memory and compile
+            take(engine, loss_of, rows, told)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["compiled", "liger"])
+def test_kernels_of_norms_and_gates_give_torchs_own_values(name, dtype):
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
+    made = choose(name, CUDA, dtype, 512, 256, 704)  # raises where they differ
+    for rows in (1, 5, 700):
+        for kind in ("llama", "olmo2", "gemma", "silu", "gelu_tanh"):
+            drawn = partial(kernels.probe, kind, rows, 96, CUDA, dtype)
+            for one, other in zip(
+                kernels._results(made, kind, *drawn()), kernels._results(kernels.plain(), kind, *drawn()), strict=True
+            ):
+                assert (one - other).float().norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * other.float().norm()
+
+
+def test_the_fastest_kernels_are_chosen_and_told(caplog):
+    with caplog.at_level("INFO", "burnish"):
+        made = choose("auto", CUDA, torch.bfloat16, 8192, 4096, 14336)
+    (told,) = [record.getMessage() for record in caplog.records if "auto takes" in record.getMessage()]
+    print(told)
+    assert made.name != "plain" and not any("leaves out" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
-from burnish.train import attention, quantized
+from burnish.train import attention, elementwise, kernels, quantized
 from burnish.train.adapters import with_adapters
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
@@ -67,6 +67,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
         if whole and shares:
             shards = Shards(model, device, recipe.scale.patience_seconds())
         fuse(model)
+    elementwise.fuse(model, kernels.of(recipe, text, cuda))
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
     if recipe.model.recomputes():

@@ -20,6 +20,7 @@ if _unneeded:
 try:
     import deepspeed as deepspeed  # `state` reads with it
     from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 finally:
     if _unneeded:
         del sys.modules["mlflow"]
@@ -35,6 +36,10 @@ finally:
 # DeepSpeed would compile a shared-memory collective with a C++ compiler at its first start on a CPU. Gloo does the same
 # work, and a machine without a compiler can train.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# A gradient that is no number has an infinite norm (its `combine_grad_norm_groups`), which ends a run
+# (`failure.check_loss`); in float16 it looks at the gradients themselves. So it need not wait for the device to ask.
+stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
 
 Engine: TypeAlias = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed has no type hints."""
@@ -95,7 +100,7 @@ def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16", "check_grad_overflow": False},
         "fp16": {"enabled": recipe.model.dtype == "float16"},
         "steps_per_print": 1 << 60,
     }

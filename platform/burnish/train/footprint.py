@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import BurnishError, DoesNotFit, RecipeError, one_line
+from burnish.train import elementwise, kernels
 from burnish.train.adapters import with_adapters
 from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose
 from burnish.train.model import configuration, recompute
@@ -125,7 +126,8 @@ def _skeleton(recipe: Recipe) -> Any:
         model.config.use_cache = False
         if recipe.lora is not None:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
-        return model
+    elementwise.fuse(model, kernels.plain())  # all kernels keep the same for the backward pass
+    return model
 
 
 def _most(model: Any, tokens: int, checkpointing: bool) -> int:

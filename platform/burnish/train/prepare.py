@@ -37,8 +37,8 @@ HEAD_ROWS = 512
 """Rows of each file that are rendered before a worker starts, so that a wrong template or format fails at once."""
 FREE_TO_CHANGE = {
     "data.train", "data.eval", "data.cache", "data.max_refused", "data.filters.decontaminate", "template.path",
-    "model.attention", "model.activation_checkpointing", "train.self_test", "train.early_stopping", "train.eval_every_steps",
-    "train.generations", "train.generation_tokens",
+    "model.attention", "model.kernels", "model.activation_checkpointing", "train.self_test", "train.early_stopping",
+    "train.eval_every_steps", "train.generations", "train.generation_tokens",
 }  # fmt: skip
 """Recipe paths that may differ when a run of the same name goes on: what files hold is compared by digest, not by path."""
 FREE_SECTIONS = ("checkpoint.", "tracking.", "sweep", "scale.", "engine.")

@@ -12,6 +12,7 @@ from torch import nn
 
 from burnish.errors import TrainingError
 from burnish.train import objective
+from burnish.train.elementwise import unfused
 from burnish.train.model import decoder_layers
 
 Pack: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
@@ -33,8 +34,9 @@ def check(model: nn.Module, packs: Sequence[Pack], device: torch.device) -> None
 
     The gradient of the middle sample's logits is exactly zero at all others; behind every layer, the hidden states of the
     first, the middle, the last and the longest sample are those of the sample alone in transformers' own attention, which
-    knows nothing of packing. Weights, gradients and random numbers stay as they are. A collective call, of as many passes
-    on every worker. Raises TrainingError, on all of them, that names the first layer that differs.
+    knows nothing of packing, and its own norms and gates. Weights, gradients and random numbers stay as they are. A
+    collective call, of as many passes on every worker. Raises TrainingError, on all of them, that names the first layer that
+    differs.
     """
     input_ids, seq_lens = _samples(packs)
     borders = np.append(0, np.cumsum(seq_lens))
@@ -74,7 +76,8 @@ def _complaint(model: nn.Module, crosses: bool, differs: int, count: int) -> str
         found.append(f"the values are those of a sample alone behind all layers ({', '.join(sorted(set(kinds)))})")
     return (
         f"train.self_test: this model cannot be trained on packed samples as it runs here: {'; '.join(found)}. Its "
-        f"attention is {config._attn_implementation}; try model.attention: sdpa, or another version of transformers"
+        f"attention is {config._attn_implementation}; try model.attention: sdpa, model.kernels: plain, or another version "
+        "of transformers"
     )
 
 
@@ -179,12 +182,13 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """The model in transformers' own attention."""
+    """The model in transformers' own attention, with its own norms and gates."""
     plain = _plain(model)
     kernel = plain.config._attn_implementation
     plain.set_attn_implementation("sdpa")
     try:
-        yield
+        with unfused(model):
+            yield
     finally:
         plain.set_attn_implementation(kernel)
 

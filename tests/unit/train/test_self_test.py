@@ -1,5 +1,8 @@
 """The self-test passes where packed samples are apart, and finds each way in which they are not."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,8 @@ from burnish.sections import LoraSpec
 from burnish.train import objective
 from burnish.train.adapters import with_adapters
 from burnish.train.attention import SDPA, register
+from burnish.train.elementwise import fuse
+from burnish.train.kernels import plain
 from burnish.train.self_test import check
 from tests.conftest import tiny_config
 
@@ -49,6 +54,25 @@ def test_packs_of_any_shape_can_be_tested(lengths):
     made = model("llama")
     check(made, [pack(np.array(lengths, np.int32))], CPU)
     assert made.training and all(parameter.grad is None for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("broken", [None, "norm", "gate"])
+def test_norms_and_gates_of_ours_are_compared_with_those_of_transformers(broken):
+    made, right = model("qwen3"), plain()
+    wrong = {
+        None: right,
+        "norm": replace(right, norm=lambda *told: right.norm(*told) * 1.01),
+        "gate": replace(right, gate=lambda *told: right.gate(*told) * 1.5),
+    }[broken]
+    fuse(made, wrong)
+    fused = {name for name, module in made.named_modules() if "forward" in vars(module)}
+    with (
+        pytest.raises(TrainingError, match=r"layer 0 .* try model.attention: sdpa, model.kernels: plain")
+        if broken
+        else nullcontext()
+    ):
+        check(made, [pack()], CPU)
+    assert len(fused) == 11 and {name for name, module in made.named_modules() if "forward" in vars(module)} == fused
 
 
 def test_adapters_with_dropout_and_recomputed_activations_pass():

@@ -1,0 +1,114 @@
+"""Norms and gated layers of a model as one function each, where transformers computes them by a chain of small operations.
+
+The modules and their weights stay the model's, so that checkpoints and exports know nothing of it.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from burnish.errors import one_line
+from burnish.train.kernels import ACTIVATIONS, NORMS, Activation, Kernels, NormKind, gated, normed, probe
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""What a gated layer is made of, down(activation(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
+
+logger = logging.getLogger(__name__)
+
+
+def fuse(model: nn.Module, kernels: Kernels) -> None:
+    """Has every norm and gated layer compute by `kernels` for which torch's own operations here give the same bits.
+
+    That is tried on a small twin of each, on the CPU; modules that give something else, or that cannot be told, stay as they
+    are.
+    """
+    for module in model.modules():
+        if "forward" in vars(module):  # not its class's own
+            continue
+        if (kind := _norm_kind(module)) is not None:
+            module.forward = _Fused(_norm_forward, module, kernels, kind)
+        elif (activation := _activation(module)) is not None:
+            module.forward = _Fused(_gated_forward, module, kernels, activation)
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """The model with the forward of its classes where `fuse` put another one."""
+    ours = [(each, each.forward) for each in model.modules() if isinstance(vars(each).get("forward"), _Fused)]
+    for module, _ in ours:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in ours:
+            module.forward = forward
+
+
+class _Fused(partial[torch.Tensor]):
+    """A forward of ours."""
+
+
+def _norm_forward(module: Any, kernels: Kernels, kind: NormKind, inputs: torch.Tensor) -> torch.Tensor:
+    return kernels.norm(inputs, module.weight, _epsilon(module), kind)
+
+
+def _gated_forward(module: Any, kernels: Kernels, activation: Activation, inputs: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module.down_proj(kernels.gate(module.gate_proj(inputs), module.up_proj(inputs), activation))
+    return result
+
+
+def _epsilon(module: Any) -> float:
+    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+
+
+def _norm_kind(module: Any) -> NormKind | None:
+    """The kind whose values are bit for bit those of this norm, or None."""
+    if set(module._parameters) != {"weight"} or module._modules or not type(module).__name__.endswith("RMSNorm"):
+        return None
+    drawn = partial(probe, "llama", 7, 48, torch.device("cpu"))
+    weight = drawn(module.weight.dtype)[1]
+    twin = _twin(module, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
+    kinds = list(NORMS)
+    try:
+        for inputs in (drawn(dtype)[0] for dtype in (weight.dtype, torch.bfloat16)):
+            right, epsilon = type(module).forward(twin, inputs), _epsilon(module)
+            kinds = [kind for kind in kinds if _same(normed(inputs, weight, epsilon, kind)[0], right)]
+    except Exception as error:  # any code of any model runs here
+        logger.info("%s stays as it is: %s", type(module).__name__, one_line(error))
+        return None
+    return next(iter(kinds), None)
+
+
+def _activation(module: Any) -> Activation | None:
+    """The activation with which a gate gives bit for bit what this layer gives, or None."""
+    if not set(_PROJECTIONS) <= set(module._modules) <= {*_PROJECTIONS, "act_fn"} or module._parameters:
+        return None
+    made = {name: torch.randn(24, 24, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(_PROJECTIONS)}
+    gate, up, down = (partial(F.linear, weight=made[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+    kept = {name: part for name, part in module._modules.items() if name not in _PROJECTIONS}
+    twin = _twin(module, _modules=kept | {"gate_proj": gate, "up_proj": up, "down_proj": down})
+    inputs = torch.randn(7, 24, generator=torch.Generator().manual_seed(9))
+    try:
+        right = type(module).forward(twin, inputs)
+        return next((each for each in ACTIVATIONS if _same(down(gated(gate(inputs), up(inputs), each)), right)), None)
+    except Exception as error:  # any code of any model runs here
+        logger.info("%s stays as it is: %s", type(module).__name__, one_line(error))
+        return None
+
+
+def _twin(module: nn.Module, **parts: dict[str, Any]) -> nn.Module:
+    """A copy of a module with other weights or parts."""
+    twin = copy.copy(module)
+    vars(twin).update(parts)
+    return twin
+
+
+def _same(one: torch.Tensor, other: Any) -> bool:
+    return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)

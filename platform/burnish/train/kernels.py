@@ -1,0 +1,277 @@
+"""Norms and gated activations, each as one function that keeps little for its backward pass.
+
+transformers computes them as chains of small operations. Each link reads and writes whole rows, and autograd keeps what it
+needs: of a norm a copy of the row in float32, of a gate the activation beside its two inputs. Here a norm keeps its input
+and one number a row, a gate its two inputs. On a GPU each is one kernel, where that is faster (`torch.compile`, or Liger's).
+"""
+
+import importlib.util
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from burnish.config import Recipe
+from burnish.errors import RecipeError, one_line
+
+NormKind: TypeAlias = Literal["llama", "olmo2", "gemma"]
+"""What is done last: the weight times what was rounded; that the other way round; 1 + the weight, then rounded."""
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
+NORMS: tuple[NormKind, ...] = ("llama", "olmo2", "gemma")
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+_ROUNDS = 10
+"""Times that each way is timed; the median counts."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How norms and gates are computed.
+
+    `norm` takes rows [..., width], a weight [width], epsilon and a `NormKind`; `gate` takes two [..., width] and an
+    `Activation`. Both are differentiable.
+    """
+
+    name: Literal["plain", "compiled", "liger"]
+    norm: Callable[[torch.Tensor, torch.Tensor, float, NormKind], torch.Tensor]
+    gate: Callable[[torch.Tensor, torch.Tensor, Activation], torch.Tensor]
+
+
+def plain() -> Kernels:
+    """Kernels of torch's own operations, on any device."""
+    return _by("plain", lambda function: function)
+
+
+def compiled(backend: str = "inductor") -> Kernels:
+    """The same functions, each compiled when it is first called; on a GPU by Triton."""
+    return _by("compiled", partial(torch.compile, fullgraph=True, dynamic=True, backend=backend))
+
+
+def _by(name: Literal["plain", "compiled"], made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Kernels:
+    norm, gate = (made(normed), made(_norm_gradients)), (made(gated), made(_gate_gradients))
+    return Kernels(name, partial(_Norm.apply, norm), partial(_Gate.apply, gate))
+
+
+def liger() -> Kernels:
+    """Liger's kernels (arXiv 2410.10989), for a GPU. Raises ImportError where they are not installed."""
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: NormKind) -> torch.Tensor:
+        rounded, offset = "llama" if kind == "llama" else "gemma", float(kind == "gemma")
+        # Not in place: what comes from above may be used elsewhere.
+        result: torch.Tensor = LigerRMSNormFunction.apply(inputs, weight, epsilon, offset, rounded, False)
+        return result
+
+    def gate(gates: torch.Tensor, values: torch.Tensor, activation: Activation) -> torch.Tensor:
+        function = {"silu": LigerSiLUMulFunction, "gelu_tanh": LigerGELUMulFunction}.get(activation)
+        result: torch.Tensor = function.apply(gates, values) if function else plain().gate(gates, values, activation)
+        return result
+
+    return Kernels("liger", norm, gate)
+
+
+_MAKERS: dict[str, Callable[[], Kernels]] = {"plain": plain, "compiled": compiled, "liger": liger}
+
+
+def of(recipe: Recipe, text: Any, cuda: bool) -> Kernels:
+    """The kernels of a recipe's model with this text configuration, chosen at the size of its packs. A collective call.
+
+    Raises RecipeError where `model.kernels` asks for what cannot run.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, list) else inner
+    shape = recipe.data.max_length, int(text.hidden_size), int(inner)
+    return choose(recipe.model.kernels, device, getattr(torch, recipe.model.dtype), *shape)
+
+
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> Kernels:
+    """The kernels of `model.kernels`; auto takes the `fastest` on a GPU and torch's own operations elsewhere.
+
+    A collective call on a GPU. Raises RecipeError where kernels are asked for that cannot run, or give other values than
+    torch's own.
+    """
+    if wanted == "auto":
+        return fastest(_MAKERS, device, dtype, rows, width, inner) if device.type == "cuda" else plain()
+    try:
+        made = _MAKERS[wanted]()
+        check(made, device, dtype)
+    except Exception as error:  # a compiler and other people's kernels run here
+        raise RecipeError(f"model.kernels: {wanted} cannot run here: {one_line(error)}; write auto") from None
+    return made
+
+
+def fastest(
+    makers: dict[str, Callable[[], Kernels]], device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int
+) -> Kernels:
+    """The kernels that take the least time, forward and backward, for a norm of [rows, width] and a gate of [rows, inner].
+
+    They are compiled before, which takes seconds, and less where an earlier start left its result on disk. Those that fail
+    or give other values than torch's own are left out with a warning; Liger without one where it is not installed. A
+    collective call: all workers take the same.
+    """
+    started = time.perf_counter()
+    made: dict[str, Kernels] = {}
+    seconds = dict.fromkeys(makers, math.inf)
+    for name, make in makers.items():
+        if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+            continue
+        try:
+            made[name] = make()
+            check(made[name], device, dtype)
+            seconds[name] = _seconds(made[name], device, dtype, rows, width, inner)
+        except Exception as error:  # a compiler and other people's kernels run here
+            logger.warning("model.kernels: auto leaves out %s: %s", name, one_line(error))
+    slowest = torch.tensor(list(seconds.values()), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    found = {name: each for name, each in zip(seconds, slowest.tolist(), strict=True) if each < math.inf}
+    best = min(found, key=lambda name: found[name])
+    told = ", ".join(f"{name} {1000 * each:.2f} ms" for name, each in found.items())
+    logger.info("model.kernels: auto takes %s (%s), found in %.1f s", best, told, time.perf_counter() - started)
+    return made[best]
+
+
+def check(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ArithmeticError unless values are those of torch's operations in float64, and gradients those of autograd."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    chains = Kernels("plain", lambda *told: normed(*told)[0], gated)
+    for kind in (*NORMS, *ACTIVATIONS):
+        found = _results(kernels, kind, *probe(kind, 37, 64, device, dtype))
+        right = _results(chains, kind, *(each.double() for each in probe(kind, 37, 64, device, dtype)))
+        for one, other in zip(found, right, strict=True):
+            if not (one.double() - other).norm() <= tolerance * other.norm():
+                raise ArithmeticError(f"{kernels.name} {kind} gives other values than torch")
+
+
+def probe(kind: str, rows: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Random inputs of a norm or a gate, and a gradient from above; the same at each call."""
+    random = torch.Generator(device).manual_seed(0)
+    shapes = ((rows, width), (width,) if kind in NORMS else (rows, width), (rows, width))
+    return tuple(torch.randn(shape, generator=random, device=device, dtype=torch.float32).to(dtype) for shape in shapes)
+
+
+def _results(kernels: Kernels, kind: Any, first: torch.Tensor, second: torch.Tensor, outer: torch.Tensor) -> Any:
+    """The output of a norm or a gate, and its two gradients."""
+    first, second = first.requires_grad_(), second.requires_grad_()
+    output = kernels.norm(first, second, 1e-6, kind) if kind in NORMS else kernels.gate(first, second, kind)
+    return output, *torch.autograd.grad(output, (first, second), outer)
+
+
+def _seconds(kernels: Kernels, device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> float:
+    """The time of one norm and one gate, forward and backward, compiled before."""
+    drawn = [(kind, probe(kind, rows, size, device, dtype)) for kind, size in (("llama", width), ("silu", inner))]
+    times = []
+    for _ in range(_ROUNDS + 2):  # the first ones compile and take memory
+        _wait(device)
+        started = time.perf_counter()
+        for kind, tensors in drawn:
+            _results(kernels, kind, *tensors)
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Norm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + epsilon) times a weight, by rows (RMSNorm, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: NormKind) -> Any:
+        output, scale = kernels[0](inputs.reshape(-1, inputs.shape[-1]), weight, epsilon, kind)
+        ctx.save_for_backward(inputs, weight, scale)
+        ctx.backward_kernel, ctx.kind = kernels[1], kind
+        return output.view(inputs.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight, scale = ctx.saved_tensors
+        rows, gradient = (each.reshape(-1, inputs.shape[-1]) for each in (inputs, outer[0]))
+        of_inputs, of_weight = ctx.backward_kernel(gradient, rows, weight, scale, ctx.kind, ctx.needs_input_grad[2])
+        return None, of_inputs.view(inputs.shape), of_weight, None, None
+
+
+def normed(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: NormKind) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of rows [n, width], and the factor of each row, float32 [n, 1]."""
+    wide = _wide(rows)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    if kind == "llama":
+        return weight * (wide * scale).to(rows.dtype), scale
+    return ((wide * scale) * _factor(weight, kind)).to(rows.dtype), scale
+
+
+def _norm_gradients(
+    outer: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, kind: NormKind, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of rows and, where it is wanted, of the weight."""
+    normed, gradient = _wide(rows) * scale, _wide(outer)
+    summed = (gradient * normed).sum(0).to(weight.dtype) if of_weight else None
+    gradient = gradient * _factor(weight, kind)
+    along = (gradient * normed).mean(-1, keepdim=True)
+    return ((gradient - normed * along) * scale).to(rows.dtype), summed
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _factor(weight: torch.Tensor, kind: NormKind) -> torch.Tensor:
+    return 1.0 + _wide(weight) if kind == "gemma" else weight
+
+
+class _Gate(torch.autograd.Function):
+    """activation(gates) * values."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, gates: torch.Tensor, values: torch.Tensor, activation: Activation) -> Any:
+        ctx.save_for_backward(gates, values)
+        ctx.backward_kernel, ctx.activation = kernels[1], activation
+        return kernels[0](gates.flatten(0, -2), values.flatten(0, -2), activation).view(gates.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gates, values = ctx.saved_tensors
+        rows = (each.reshape(-1, gates.shape[-1]) for each in (outer[0], gates, values))
+        of_gates, of_values = ctx.backward_kernel(*rows, ctx.activation)
+        return None, of_gates.view(gates.shape), of_values.view(gates.shape), None
+
+
+def gated(gates: torch.Tensor, values: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The product of [n, width]."""
+    return _activated(gates, activation) * values
+
+
+def _gate_gradients(
+    outer: torch.Tensor, gates: torch.Tensor, values: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of both factors' inputs."""
+    of_activated = outer * values
+    if activation == "silu":
+        of_gates = torch.ops.aten.silu_backward(of_activated, gates)
+    else:
+        how = "tanh" if activation == "gelu_tanh" else "none"
+        of_gates = torch.ops.aten.gelu_backward(of_activated, gates, approximate=how)
+    return of_gates, outer * _activated(gates, activation)
+
+
+def _activated(gates: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "silu":
+        return F.silu(gates)
+    return F.gelu(gates, approximate="tanh" if activation == "gelu_tanh" else "none")
