@@ -304,6 +304,35 @@ class Worker:
                     ends.append(str(error))
         return ends
 
+    def added(self, recipes: list[Recipe]) -> list[float]:
+        """How far the gradient of a step of many packs is from the float32 sum of those that its packs have alone."""
+        from deepspeed.utils import safe_get_full_grad
+
+        from burnish.train import engine as ds
+        from burnish.train.build import build_model
+        from burnish.train.objective import Objective
+
+        rng, found = np.random.default_rng(0), []
+        rows = [rng.integers(0, 300, 40).astype(np.int32) for _ in range(recipes[0].train.global_batch_size)]
+        packs = [(ids, ids, np.array([25, 15], np.int32)) for ids in rows]
+        for recipe in recipes:
+            alone = build_model(recipe, False, 1)
+            loss_of, right = Objective(alone, torch.device("cpu")).loss_sum, torch.zeros(())
+            for pack in packs:
+                alone.zero_grad()
+                (loss_of(*pack) / len(packs)).backward()
+                right = right + torch.cat([p.grad.float().flatten() for p in alone.parameters() if p.requires_grad])
+            engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
+            loss_of, own = Objective(engine, engine.device).loss_sum, packs[self.rank :: self.world]
+            for number, pack in enumerate(own):
+                ds.backward(engine, loss_of(*pack), len(packs), self.world)
+                if number == len(own) - 1:
+                    trained = [p for p in engine.module.parameters() if p.requires_grad]
+                    whole = torch.cat([safe_get_full_grad(p).float().flatten() for p in trained])
+                    found.append(float((whole - right).norm() / right.norm()))
+                ds.step(engine)
+        return found
+
     def reads(self, recipes: list[Recipe]) -> list[set[str]]:
         """Where the host asks for a value that the device has computed, in `take` of the fourth step of each recipe.
 
@@ -667,6 +696,21 @@ def test_the_state_of_adapters_is_small_and_the_same_on_any_number_of_workers(ga
     assert adapters.total() <= whole.total() / 20
     for world, stages in ((1, (0,)), (2, (0, 1, 2, 3)), (4, (1, 3))):
         assert states(world, [(lora, stage) for stage in stages]) == [adapters] * len(stages)
+
+
+def test_gradients_of_16_bits_are_added_up_in_float32(gang, make_recipe):
+    kinds = [*product((2, 3), (None, {"rank": 4})), (1, None)]
+    for world in (1, 2):
+        recipes = [
+            make_recipe(
+                model={"dtype": "bfloat16"}, lora=adapters, engine={"zero_stage": stage}, scale={"num_workers": world},
+                train={"global_batch_size": 32},
+            )
+            for stage, adapters in kinds
+        ]  # fmt: skip
+        for *sharded, whole in gang(world, "added", recipes):
+            # Of two workers the gradients meet in bfloat16, which rounds at 2^-9.
+            assert max(sharded) <= (1e-6 if world == 1 else 2**-9) and whole > 2**-9, (world, sharded, whole)
 
 
 def test_the_host_asks_for_nothing_that_the_device_computes_within_a_step(gang, make_recipe):

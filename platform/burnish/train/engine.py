@@ -85,7 +85,11 @@ def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe. One pack is one micro-batch."""
     accumulation = recipe.train.global_batch_size // num_workers
     offloads = recipe.engine.offload == "optimizer"
+    # Gradients of a step's packs are added in float32. In stage 1 DeepSpeed would take an optimizer that keeps its state
+    # where `state` does not look.
+    widens = accumulation > 1 and recipe.model.dtype == "bfloat16" and recipe.engine.stage() >= 2
     return {
+        "data_types": {"grad_accum_dtype": "fp32" if widens else None},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed 0.19 clips to 1.0 where the key is absent.

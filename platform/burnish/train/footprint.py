@@ -113,7 +113,9 @@ def measure(recipe: Recipe) -> Sizes:
     whole = recipe.lora is None and not Path(recipe.located().model.path).is_dir()
     saved, largest = saved_bytes(recipe, model)
     kept, recomputed = (largest + _most(each, tokens, each is not model) for each in (model, _skeleton(recipe)))
-    return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, weights if whole else 0)
+    loading = weights if whole else 0
+    packs = recipe.train.global_batch_size
+    return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, loading, packs)
 
 
 def _skeleton(recipe: Recipe) -> Any:

@@ -40,6 +40,7 @@ class Sizes:
     `weights` bytes of all weights, adapters among them; `trained` of these, as numbers of `itemsize` bytes; the most bytes
     that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`. ZeRO-3 shares
     out `shared` bytes of the weights, of which `live` are whole at once on every worker; `loading` bytes are at its start.
+    A step has `packs` on all workers together.
     """
 
     weights: int
@@ -51,6 +52,7 @@ class Sizes:
     shared: int
     live: int
     loading: int = 0
+    packs: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     """What a worker's device holds at most under a layout; `offloads` says that the optimizer lives on the host.
 
     AdamW keeps two float32 moments, and DeepSpeed float32 masters, except where nothing is sharded in float32 (ZeRO, arXiv
-    1910.02054, section 3). The step comes when the activations are gone, and works on float32 gradients; the larger of
-    the two counts as activations.
+    1910.02054, section 3). Where gradients are sharded, those of several packs are added up in float32 (`engine.py`). The
+    step comes when the activations are gone, and works on float32 gradients; the larger of the two counts as activations.
     """
     stage, trained, size = layout.zero_stage, sizes.trained, sizes.itemsize
     bucket = min(BUCKET_ELEMENTS, trained) * size
@@ -95,7 +97,8 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     if stage == 3 and num_workers > 1:
         weights += sizes.shared // num_workers + sizes.live - sizes.shared
     optimizer = trained * (8 if stage == 0 and size == 4 else 12) // (num_workers if stage else 1)
-    gradients = trained * size // (num_workers if stage >= 2 else 1) + (bucket if stage else 0)
+    added = 4 if stage >= 2 and sizes.packs > num_workers else size
+    gradients = trained * added // (num_workers if stage >= 2 else 1) + (bucket if stage else 0)
     stepping = 0 if size == 4 else trained * 4 // (num_workers if stage else 1)
     if stage == 0 and num_workers > 1:  # DeepSpeed's copy of gradients that it averages at once
         stepping += min(trained, _AVERAGED_ELEMENTS) * size

@@ -153,6 +153,13 @@ def test_bytes_are_those_of_the_paper():
     assert footprint(sizes, Layout(2, False), 64, True).optimizer == 0
 
 
+def test_gradients_of_several_packs_are_added_up_in_float32_where_they_are_sharded():
+    one, many = (replace(LLAMA_8B, trained=GB, packs=packs) for packs in (4, 8))
+    for stage, more in ((0, 0), (1, 0), (2, 2 * GB // 4), (3, 2 * GB // 4)):
+        few, several = (footprint(sizes, Layout(stage, False), 4, False).gradients for sizes in (one, many))
+        assert several - few == more, stage
+
+
 def test_a_footprint_says_what_it_is_made_of():
     assert str(Footprint(2 * GB, GB, 3 * GB, GB // 2)) == (
         "6.50 GB (weights 2.00, gradients 1.00, optimizer 3.00, activations 0.50)"
