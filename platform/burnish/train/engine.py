@@ -132,8 +132,9 @@ def step(engine: Engine) -> torch.Tensor:
     ZeRO-0 in float32, where each worker holds the whole averaged gradient.
     """
     last = engine.is_gradient_accumulation_boundary()
-    whole = [p.grad for p in engine.module.parameters() if p.grad is not None] if last else []
-    norm = torch.nn.utils.get_total_norm(whole) if whole and engine.zero_optimization_stage() == 0 else 0.0
+    whole = engine.module.parameters() if last and engine.zero_optimization_stage() == 0 else ()
+    gradients = [weight.grad for weight in whole if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
     engine.step()
     reported = engine.get_global_grad_norm() if last else None
     return torch.as_tensor(norm if reported is None else reported, dtype=torch.float64, device=engine.device)

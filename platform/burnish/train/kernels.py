@@ -220,11 +220,11 @@ def _norm_gradients(
     outer: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, kind: NormKind, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of rows and, where it is wanted, of the weight."""
-    normed, gradient = _wide(rows) * scale, _wide(outer)
-    summed = (gradient * normed).sum(0).to(weight.dtype) if of_weight else None
+    unit, gradient = _wide(rows) * scale, _wide(outer)
+    summed = (gradient * unit).sum(0).to(weight.dtype) if of_weight else None
     gradient = gradient * _factor(weight, kind)
-    along = (gradient * normed).mean(-1, keepdim=True)
-    return ((gradient - normed * along) * scale).to(rows.dtype), summed
+    along = (gradient * unit).mean(-1, keepdim=True)
+    return gradient.addcmul_(unit, along, value=-1).mul_(scale).to(rows.dtype), summed
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ def _gate_gradients(
     else:
         how = "tanh" if activation == "gelu_tanh" else "none"
         of_gates = torch.ops.aten.gelu_backward(of_activated, gates, approximate=how)
-    return of_gates, outer * _activated(gates, activation)
+    return of_gates, _activated(gates, activation).mul_(outer)
 
 
 def _activated(gates: torch.Tensor, activation: Activation) -> torch.Tensor:
