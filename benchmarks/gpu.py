@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/gpu.py [--rounds 5] [--folder .]
 
 A Llama with random weights of the shape of Llama 3.2 1B in bfloat16 and conversations of 64 to 4,096 tokens, log-normal
-around 500, are trained in batches of at most 8,192 tokens, activations recomputed, a step of AdamW after each. `burnish` packs
+around 500, are trained in batches of at most 8,192 tokens, activations kept, a step of AdamW after each. `burnish` packs
 the batch; `transformers, padded` runs it as a Trainer that groups by length does, four samples of like length at a time, each
 as wide as the longest of them; `transformers, packed` is what its collator with flattening gives, flash-attn told the borders
 by position ids. All take the same samples, interleaved. burnish keeps float32 masters and moments, transformers' AdamW works
@@ -167,7 +167,7 @@ def steps(folder: Path, lora: dict[str, Any] | None, kernels: tuple[str, ...], r
     price = cost(LlamaConfig(**SHAPE), adapters=lora is not None)
     lengths = [len(each.input_ids) for each in samples(0)]
     operations = float(price.of(np.array(lengths, np.int32), np.array([0, len(lengths)]))[0]) / sum(lengths)
-    print(f"\n### {'Adapters of rank 16' if lora else 'All weights'}\n")
+    print(f"\n#### {'Adapters of rank 16' if lora else 'All weights'}\n")
     print("| | tokens/s: median (least to most) | ratio | TFLOP/s | share of peak | GiB at most |")
     print("|---|---|---|---|---|---|")
     base = statistics.median(taken["transformers, padded (sdpa)"])

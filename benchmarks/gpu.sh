@@ -2,7 +2,9 @@
 # Every GPU test and benchmark, on a machine with one GPU that reaches no network and has torch and the common libraries.
 #
 #     benchmarks/gpu.sh pack [3.12]    with a network: what such a machine lacks, for its Python, into .gpu/site.tar.xz
-#     benchmarks/gpu.sh run            there, beside that .gpu/: tests, then tables, each into $OUT or .gpu/results/
+#     benchmarks/gpu.sh run            there, beside that .gpu/: tests, then tables, each into $OUT or .gpu/results/, and all
+#                                      of them as one section of benchmarks/RESULTS.md, there and beside the tables
+#     benchmarks/gpu.sh record         that section alone, of the tables that are there
 #
 # A wheel of flash-attn for the machine's torch may be unpacked into .gpu/flash; without it torch's own kernel is used.
 set -euo pipefail
@@ -49,11 +51,34 @@ run() {
   timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 2>&1 | tee "$results/step-1b.txt" || status=1
   timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 --all-weights 2>&1 | tee "$results/step-1b-all.txt" || status=1
   timeout 120 python3 benchmarks/gpu.py 2>&1 | tee "$results/gpu.txt" || status=1
+  record
   return $status
+}
+
+record() {
+  local results=${OUT:-.gpu/results} section='## Everything on one GPU' written file
+  written=$(mktemp)
+  # Without the section of the run before; a section ends where the next one begins.
+  awk -v section="$section" '/^## /{skip = $0 == section} !skip' benchmarks/RESULTS.md >"$written"
+  {
+    printf '\n%s\n\n`benchmarks/gpu.sh run`, %s cores. `-m gpu`: %s.\n' "$section" "$(nproc)" \
+      "$(grep -oE '[0-9]+ (passed|failed).*' "$results/tests.txt" | tail -n 1 | sed 's, *=*$,,' || echo 'no tests ran')"
+    for file in "$results"/step-*.txt "$results"/gpu.txt; do
+      [ -e "$file" ] || continue
+      printf '\n### %s\n\n' "$(basename "$file" .txt)"
+      # A table begins and ends with an empty line.
+      { grep -E '^(\||#### |NVIDIA|CPU|The proof|  |Adapters|All weights)' "$file" || echo 'It gave no table.'; } |
+        awk '{now = /^\|/; if (NR > 1 && now != was) print ""; was = now; print}'
+    done
+  } >>"$written"
+  cat -s "$written" >benchmarks/RESULTS.md
+  cp benchmarks/RESULTS.md "$results/RESULTS.md"
+  rm "$written"
 }
 
 case "${1:-}" in
   pack) pack "${2:-3.12}" ;;
   run) run ;;
-  *) sed -n '2,9p' "$0"; exit 2 ;;
+  record) record ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac
