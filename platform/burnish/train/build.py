@@ -67,7 +67,8 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
         if whole and shares:
             shards = Shards(model, device, recipe.scale.patience_seconds())
         fuse(model)
-    elementwise.fuse(model, kernels.of(recipe, text, cuda))
+    modules = elementwise.replaceable(model)
+    elementwise.fuse(modules, kernels.of(recipe, text, cuda, modules.values()))
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
     if recipe.model.recomputes():

@@ -23,19 +23,23 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 logger = logging.getLogger(__name__)
 
 
-def fuse(model: nn.Module, kernels: Kernels) -> None:
-    """Has every norm and gated layer compute by `kernels` for which torch's own operations here give the same bits.
+def replaceable(model: nn.Module) -> dict[nn.Module, NormKind | Activation]:
+    """The norms and gated layers for which torch's own operations in `kernels` give the same bits as their own forward.
 
-    That is tried on a small twin of each, on the CPU; modules that give something else, or that cannot be told, stay as they
-    are.
+    That is tried on a small twin of each, on the CPU; what gives something else, or cannot be told, is not among them.
     """
+    found: dict[nn.Module, NormKind | Activation] = {}
     for module in model.modules():
-        if "forward" in vars(module):  # not its class's own
-            continue
-        if (kind := _norm_kind(module)) is not None:
-            module.forward = _Fused(_norm_forward, module, kernels, kind)
-        elif (activation := _activation(module)) is not None:
-            module.forward = _Fused(_gated_forward, module, kernels, activation)
+        kind = None if "forward" in vars(module) else _norm_kind(module) or _activation(module)
+        if kind is not None:
+            found[module] = kind
+    return found
+
+
+def fuse(modules: dict[nn.Module, NormKind | Activation], kernels: Kernels) -> None:
+    """Has `replaceable` modules compute by `kernels`."""
+    for module, kind in modules.items():
+        module.forward = _Fused(_norm_forward if kind in NORMS else _gated_forward, module, kernels, kind)
 
 
 @contextmanager

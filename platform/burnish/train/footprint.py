@@ -128,7 +128,7 @@ def _skeleton(recipe: Recipe) -> Any:
         model.config.use_cache = False
         if recipe.lora is not None:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
-    elementwise.fuse(model, kernels.plain())  # all kernels keep the same for the backward pass
+    elementwise.fuse(elementwise.replaceable(model), kernels.plain())  # all kernels keep the same for the backward pass
     return model
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -27,6 +27,10 @@ NormKind: TypeAlias = Literal["llama", "olmo2", "gemma"]
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
 NORMS: tuple[NormKind, ...] = ("llama", "olmo2", "gemma")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+_CHECKED = 37
+"""Rows that are compared with torch's own."""
+_TIMED = 8192
+"""Rows that are timed at most, so that a device with room for one pack has room for them."""
 _ROUNDS = 10
 """Times that each way is timed; the median counts."""
 
@@ -52,8 +56,11 @@ def plain() -> Kernels:
 
 
 def compiled(backend: str = "inductor") -> Kernels:
-    """The same functions, each compiled when it is first called; on a GPU by Triton."""
-    return _by("compiled", partial(torch.compile, fullgraph=True, dynamic=True, backend=backend))
+    """The same functions, each compiled when it is first called; on a GPU by Triton.
+
+    One result serves rows of any number and width, another one a single row.
+    """
+    return _by("compiled", partial(torch.compile, dynamic=True, backend=backend))
 
 
 def _by(name: Literal["plain", "compiled"], made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Kernels:
@@ -84,7 +91,24 @@ def liger() -> Kernels:
 _MAKERS: dict[str, Callable[[], Kernels]] = {"plain": plain, "compiled": compiled, "liger": liger}
 
 
-def of(recipe: Recipe, text: Any, cuda: bool) -> Kernels:
+@dataclass(frozen=True)
+class Work:
+    """What kernels are chosen for: norms of rows [rows, width] and gates of [rows, inner], of these kinds in a model."""
+
+    kinds: frozenset[NormKind | Activation]
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    width: int
+    inner: int
+
+    def probes(self, rows: int | None = None) -> dict[NormKind | Activation, tuple[torch.Tensor, ...]]:
+        """Inputs of each kind, of all rows or so many."""
+        sizes = {kind: self.width if kind in NORMS else self.inner for kind in sorted(self.kinds)}
+        return {kind: probe(kind, rows or self.rows, size, self.device, self.dtype) for kind, size in sizes.items()}
+
+
+def of(recipe: Recipe, text: Any, cuda: bool, kinds: Iterable[NormKind | Activation]) -> Kernels:
     """The kernels of a recipe's model with this text configuration, chosen at the size of its packs. A collective call.
 
     Raises RecipeError where `model.kernels` asks for what cannot run.
@@ -92,30 +116,28 @@ def of(recipe: Recipe, text: Any, cuda: bool) -> Kernels:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, list) else inner
-    shape = recipe.data.max_length, int(text.hidden_size), int(inner)
-    return choose(recipe.model.kernels, device, getattr(torch, recipe.model.dtype), *shape)
+    dtype, rows = getattr(torch, recipe.model.dtype), min(recipe.data.max_length, _TIMED)
+    return choose(recipe.model.kernels, Work(frozenset(kinds), device, dtype, rows, int(text.hidden_size), int(inner)))
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> Kernels:
+def choose(wanted: str, work: Work) -> Kernels:
     """The kernels of `model.kernels`; auto takes the `fastest` on a GPU and torch's own operations elsewhere.
 
     A collective call on a GPU. Raises RecipeError where kernels are asked for that cannot run, or give other values than
     torch's own.
     """
     if wanted == "auto":
-        return fastest(_MAKERS, device, dtype, rows, width, inner) if device.type == "cuda" else plain()
+        return fastest(_MAKERS, work) if work.device.type == "cuda" and work.kinds else plain()
     try:
         made = _MAKERS[wanted]()
-        check(made, device, dtype)
+        check(made, work)
     except Exception as error:  # a compiler and other people's kernels run here
         raise RecipeError(f"model.kernels: {wanted} cannot run here: {one_line(error)}; write auto") from None
     return made
 
 
-def fastest(
-    makers: dict[str, Callable[[], Kernels]], device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int
-) -> Kernels:
-    """The kernels that take the least time, forward and backward, for a norm of [rows, width] and a gate of [rows, inner].
+def fastest(makers: dict[str, Callable[[], Kernels]], work: Work) -> Kernels:
+    """The kernels that take the least time for some work, forward and backward.
 
     They are compiled before, which takes seconds, and less where an earlier start left its result on disk. Those that fail
     or give other values than torch's own are left out with a warning; Liger without one where it is not installed. A
@@ -129,27 +151,27 @@ def fastest(
             continue
         try:
             made[name] = make()
-            check(made[name], device, dtype)
-            seconds[name] = _seconds(made[name], device, dtype, rows, width, inner)
+            check(made[name], work)
+            seconds[name] = _seconds(made[name], work)
         except Exception as error:  # a compiler and other people's kernels run here
             logger.warning("model.kernels: auto leaves out %s: %s", name, one_line(error))
-    slowest = torch.tensor(list(seconds.values()), device=device)
+    slowest = torch.tensor(list(seconds.values()), device=work.device)
     if dist.is_initialized():
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
     found = {name: each for name, each in zip(seconds, slowest.tolist(), strict=True) if each < math.inf}
-    best = min(found, key=lambda name: found[name])
+    best = min(found, key=lambda name: found[name], default="plain")
     told = ", ".join(f"{name} {1000 * each:.2f} ms" for name, each in found.items())
     logger.info("model.kernels: auto takes %s (%s), found in %.1f s", best, told, time.perf_counter() - started)
     return made[best]
 
 
-def check(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+def check(kernels: Kernels, work: Work) -> None:
     """Raises ArithmeticError unless values are those of torch's operations in float64, and gradients those of autograd."""
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if work.dtype == torch.float32 else 2e-2
     chains = Kernels("plain", lambda *told: normed(*told)[0], gated)
-    for kind in (*NORMS, *ACTIVATIONS):
-        found = _results(kernels, kind, *probe(kind, 37, 64, device, dtype))
-        right = _results(chains, kind, *(each.double() for each in probe(kind, 37, 64, device, dtype)))
+    for kind, drawn in work.probes(_CHECKED).items():
+        found = _results(kernels, kind, *drawn)
+        right = _results(chains, kind, *(each.detach().double() for each in drawn))
         for one, other in zip(found, right, strict=True):
             if not (one.double() - other).norm() <= tolerance * other.norm():
                 raise ArithmeticError(f"{kernels.name} {kind} gives other values than torch")
@@ -169,16 +191,15 @@ def _results(kernels: Kernels, kind: Any, first: torch.Tensor, second: torch.Ten
     return output, *torch.autograd.grad(output, (first, second), outer)
 
 
-def _seconds(kernels: Kernels, device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> float:
-    """The time of one norm and one gate, forward and backward, compiled before."""
-    drawn = [(kind, probe(kind, rows, size, device, dtype)) for kind, size in (("llama", width), ("silu", inner))]
-    times = []
+def _seconds(kernels: Kernels, work: Work) -> float:
+    """The time of one norm and one gate of each kind, forward and backward, compiled before."""
+    drawn, times = work.probes(), []
     for _ in range(_ROUNDS + 2):  # the first ones compile and take memory
-        _wait(device)
+        _wait(work.device)
         started = time.perf_counter()
-        for kind, tensors in drawn:
+        for kind, tensors in drawn.items():
             _results(kernels, kind, *tensors)
-        _wait(device)
+        _wait(work.device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
 
@@ -193,7 +214,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: NormKind) -> Any:
-        output, scale = kernels[0](inputs.reshape(-1, inputs.shape[-1]), weight, epsilon, kind)
+        output, scale = kernels[0](_rows(inputs), weight.detach(), epsilon, kind)
         ctx.save_for_backward(inputs, weight, scale)
         ctx.backward_kernel, ctx.kind = kernels[1], kind
         return output.view(inputs.shape)
@@ -202,8 +223,8 @@ class _Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight, scale = ctx.saved_tensors
-        rows, gradient = (each.reshape(-1, inputs.shape[-1]) for each in (inputs, outer[0]))
-        of_inputs, of_weight = ctx.backward_kernel(gradient, rows, weight, scale, ctx.kind, ctx.needs_input_grad[2])
+        told = _rows(outer[0]), _rows(inputs), weight.detach(), scale, ctx.kind, ctx.needs_input_grad[2]
+        of_inputs, of_weight = ctx.backward_kernel(*told)
         return None, of_inputs.view(inputs.shape), of_weight, None, None
 
 
@@ -227,6 +248,11 @@ def _norm_gradients(
     return gradient.addcmul_(unit, along, value=-1).mul_(scale).to(rows.dtype), summed
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows [n, width] without a history, since what is compiled for tensors with one does not serve those without."""
+    return tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
+
+
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -242,14 +268,13 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, kernels: Any, gates: torch.Tensor, values: torch.Tensor, activation: Activation) -> Any:
         ctx.save_for_backward(gates, values)
         ctx.backward_kernel, ctx.activation = kernels[1], activation
-        return kernels[0](gates.flatten(0, -2), values.flatten(0, -2), activation).view(gates.shape)
+        return kernels[0](_rows(gates), _rows(values), activation).view(gates.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gates, values = ctx.saved_tensors
-        rows = (each.reshape(-1, gates.shape[-1]) for each in (outer[0], gates, values))
-        of_gates, of_values = ctx.backward_kernel(*rows, ctx.activation)
+        of_gates, of_values = ctx.backward_kernel(_rows(outer[0]), _rows(gates), _rows(values), ctx.activation)
         return None, of_gates.view(gates.shape), of_values.view(gates.shape), None
 
 

@@ -105,7 +105,8 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
         if recipe.lora is not None:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
             fuse(model)
-    elementwise.fuse(model, kernels.of(recipe, text, device.type == "cuda"))
+    modules = elementwise.replaceable(model)
+    elementwise.fuse(modules, kernels.of(recipe, text, device.type == "cuda", modules.values()))
     if recipe.model.recomputes():
         recompute(model)
     objective = Objective(model.train(), device)

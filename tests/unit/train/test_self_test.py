@@ -14,7 +14,7 @@ from burnish.sections import LoraSpec
 from burnish.train import objective
 from burnish.train.adapters import with_adapters
 from burnish.train.attention import SDPA, register
-from burnish.train.elementwise import fuse
+from burnish.train.elementwise import fuse, replaceable
 from burnish.train.kernels import plain
 from burnish.train.self_test import check
 from tests.conftest import tiny_config
@@ -64,7 +64,7 @@ def test_norms_and_gates_of_ours_are_compared_with_those_of_transformers(broken)
         "norm": replace(right, norm=lambda *told: right.norm(*told) * 1.01),
         "gate": replace(right, gate=lambda *told: right.gate(*told) * 1.5),
     }[broken]
-    fuse(made, wrong)
+    fuse(replaceable(made), wrong)
     fused = {name for name, module in made.named_modules() if "forward" in vars(module)}
     with (
         pytest.raises(TrainingError, match=r"layer 0 .* try model.attention: sdpa, model.kernels: plain")
