@@ -59,13 +59,17 @@ class _Fused(partial[torch.Tensor]):
     """A forward of ours."""
 
 
-def _norm_forward(module: Any, kernels: Kernels, kind: NormKind, inputs: torch.Tensor) -> torch.Tensor:
-    return kernels.norm(inputs, module.weight, _epsilon(module), kind)
+def _norm_forward(module: Any, kernels: Kernels, kind: NormKind, *told: Any, **named: Any) -> Any:
+    # A weight that is shared out has its shape only now.
+    if named or len(told) != 1 or module.weight.dim() != 1:
+        return type(module).forward(module, *told, **named)
+    return kernels.norm(told[0], module.weight, _epsilon(module), kind)
 
 
-def _gated_forward(module: Any, kernels: Kernels, activation: Activation, inputs: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = module.down_proj(kernels.gate(module.gate_proj(inputs), module.up_proj(inputs), activation))
-    return result
+def _gated_forward(module: Any, kernels: Kernels, activation: Activation, *told: Any, **named: Any) -> Any:
+    if named or len(told) != 1:
+        return type(module).forward(module, *told, **named)
+    return module.down_proj(kernels.gate(module.gate_proj(*told), module.up_proj(*told), activation))
 
 
 def _epsilon(module: Any) -> float:
@@ -108,9 +112,9 @@ def _activation(module: Any) -> Activation | None:
 
 
 def _twin(module: nn.Module, **parts: dict[str, Any]) -> nn.Module:
-    """A copy of a module with other weights or parts."""
+    """A copy of a module with other weights or parts, in training, where some drop what they give out."""
     twin = copy.copy(module)
-    vars(twin).update(parts)
+    vars(twin).update(parts, training=True)
     return twin
 
 

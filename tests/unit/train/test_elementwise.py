@@ -145,6 +145,29 @@ def test_only_what_gives_the_same_bits_is_replaced(module, replaced):
     assert right is None or torch.equal(module(inputs), right)
 
 
+@pytest.mark.parametrize(("rate", "gates"), [(0.0, 2), (0.3, 0)])
+def test_a_layer_that_drops_some_of_its_output_in_training_stays_as_it_is(rate, gates):
+    model = made("SeedOss", torch.float32, residual_dropout=rate).eval()
+    fuse(replaceable(model), plain())
+    assert fused(model) == (5, gates)
+
+
+def test_a_norm_with_a_weight_for_each_head_and_calls_by_name_compute_as_before():
+    class HeadRMSNorm(ScaledRMSNorm):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            wide = hidden.float()
+            return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
+
+    one, many = HeadRMSNorm(), HeadRMSNorm()
+    many.weight = nn.Parameter(torch.randn(4, 32))
+    gated, inputs = Gated(nn.SiLU()), torch.randn(3, 4, 32)
+    right = one(inputs), many(inputs), gated(inputs[..., :8])
+    fuse(replaceable(nn.ModuleList([one, many, gated])), plain())
+    assert all("forward" in vars(module) for module in (one, many, gated))
+    assert torch.equal(one(hidden=inputs), right[0]) and torch.equal(one(inputs), right[0])
+    assert torch.equal(many(inputs), right[1]) and torch.equal(gated(inputs=inputs[..., :8]), right[2])
+
+
 def test_each_layer_of_a_model_is_looked_at():
     tree = nn.ModuleList([Gated(nn.SiLU()), Gated(nn.ReLU()), Gated(nn.SiLU(), 1.5), Gated(nn.GELU("tanh"))])
     inputs = torch.randn(3, 8)
