@@ -59,7 +59,7 @@ class ModelSpec(Spec):
     and sdpa by document elsewhere."""
     kernels: Literal["auto", "plain", "compiled", "liger"] = "auto"
     """How norms and gated activations are computed: by torch's own operations, by torch.compile, or by Liger
-    (pip install -e '.[liger]'). On a GPU auto times those that run, at start and takes the fastest; on a CPU it is plain."""
+    (pip install -e '.[liger]'). On a GPU auto times those that run at start and takes the fastest; on a CPU it is plain."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass, which takes up to half as much time again; auto means where they would not
     fit."""

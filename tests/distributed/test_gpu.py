@@ -114,20 +114,22 @@ def test_the_host_waits_for_nothing_within_a_step(make_recipe, tmp_path, lora, c
 def test_kernels_of_norms_and_gates_give_torchs_own_values(name, dtype):
     if name == "liger":
         pytest.importorskip("liger_kernel")
-    work = kernels.Work(frozenset({*kernels.NORMS, *kernels.ACTIVATIONS}), CUDA, dtype, 512, 256, 704)
+    work = kernels.Work(frozenset({*kernels.NORMS, *kernels.ACTIVATIONS}), True, CUDA, dtype, 512, 256, 704)
     made = choose(name, work)  # raises where they differ
     for rows in (1, 5, 700):
         for kind in ("llama", "olmo2", "gemma", "silu", "gelu_tanh"):
             drawn = partial(kernels.probe, kind, rows, 96, CUDA, dtype)
             for one, other in zip(
-                kernels._results(made, kind, *drawn()), kernels._results(kernels.plain(), kind, *drawn()), strict=True
+                kernels._results(made, True, kind, *drawn()),
+                kernels._results(kernels.plain(), True, kind, *drawn()),
+                strict=True,
             ):
                 assert (one - other).float().norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * other.float().norm()
 
 
 def test_the_fastest_kernels_are_chosen_and_told(caplog):
     with caplog.at_level("INFO", "burnish"):
-        made = choose("auto", kernels.Work(frozenset({"llama", "silu"}), CUDA, torch.bfloat16, 8192, 4096, 14336))
+        made = choose("auto", kernels.Work(frozenset({"llama", "silu"}), False, CUDA, torch.bfloat16, 8192, 4096, 14336))
     (told,) = [record.getMessage() for record in caplog.records if "auto takes" in record.getMessage()]
     print(told)
     assert made.name != "plain" and not any("leaves out" in record.getMessage() for record in caplog.records)

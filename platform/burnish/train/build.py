@@ -68,7 +68,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
             shards = Shards(model, device, recipe.scale.patience_seconds())
         fuse(model)
     modules = elementwise.replaceable(model)
-    elementwise.fuse(modules, kernels.of(recipe, text, cuda, modules.values()))
+    elementwise.fuse(modules, kernels.of(recipe, text, cuda, modules))
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
     if recipe.model.recomputes():

@@ -4,29 +4,27 @@ The modules and their weights stay the model's, so that checkpoints and exports 
 """
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from burnish.errors import one_line
 from burnish.train.kernels import ACTIVATIONS, NORMS, Activation, Kernels, NormKind, gated, normed, probe
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """What a gated layer is made of, down(activation(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
 
-logger = logging.getLogger(__name__)
-
 
 def replaceable(model: nn.Module) -> dict[nn.Module, NormKind | Activation]:
     """The norms and gated layers for which torch's own operations in `kernels` give the same bits as their own forward.
 
-    That is tried on a small twin of each, on the CPU; what gives something else, or cannot be told, is not among them.
+    That is tried on a small twin of each, on the CPU; what gives something else, or cannot be told, is not among them. A
+    model whose code changes what it has given to a norm before the backward pass raises then.
     """
     found: dict[nn.Module, NormKind | Activation] = {}
     for module in model.modules():
@@ -78,18 +76,19 @@ def _epsilon(module: Any) -> float:
 
 def _norm_kind(module: Any) -> NormKind | None:
     """The kind whose values are bit for bit those of this norm, or None."""
-    if set(module._parameters) != {"weight"} or module._modules or not type(module).__name__.endswith("RMSNorm"):
+    weight = module._parameters.get("weight")
+    if len(module._parameters) != 1 or weight is None or module._modules or not type(module).__name__.endswith("RMSNorm"):
         return None
-    drawn = partial(probe, "llama", 7, 48, torch.device("cpu"))
-    weight = drawn(module.weight.dtype)[1]
+    drawn, kinds = partial(probe, "llama", 7, 48, torch.device("cpu")), list(NORMS)
+    weight = drawn(weight.dtype)[1]
     twin = _twin(module, _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
-    kinds = list(NORMS)
     try:
-        for inputs in (drawn(dtype)[0] for dtype in (weight.dtype, torch.bfloat16)):
-            right, epsilon = type(module).forward(twin, inputs), _epsilon(module)
-            kinds = [kind for kind in kinds if _same(normed(inputs, weight, epsilon, kind)[0], right)]
-    except Exception as error:  # any code of any model runs here
-        logger.info("%s stays as it is: %s", type(module).__name__, one_line(error))
+        # Where numbers are small, as the second ones are, epsilon shows.
+        for dtype, size in product((weight.dtype, torch.bfloat16), (1.0, 1e-3)):
+            inputs = drawn(dtype)[0] * size
+            right = type(module).forward(twin, inputs)
+            kinds = [kind for kind in kinds if _same(normed(inputs, weight, _epsilon(module), kind)[0], right)]
+    except Exception:  # any code of any model runs here
         return None
     return next(iter(kinds), None)
 
@@ -98,17 +97,20 @@ def _activation(module: Any) -> Activation | None:
     """The activation with which a gate gives bit for bit what this layer gives, or None."""
     if not set(_PROJECTIONS) <= set(module._modules) <= {*_PROJECTIONS, "act_fn"} or module._parameters:
         return None
-    made = {name: torch.randn(24, 24, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(_PROJECTIONS)}
-    gate, up, down = (partial(F.linear, weight=made[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+    drawn, kinds = partial(probe, "silu", 24, 24, torch.device("cpu")), list(ACTIVATIONS)
     kept = {name: part for name, part in module._modules.items() if name not in _PROJECTIONS}
-    twin = _twin(module, _modules=kept | {"gate_proj": gate, "up_proj": up, "down_proj": down})
-    inputs = torch.randn(7, 24, generator=torch.Generator().manual_seed(9))
     try:
-        right = type(module).forward(twin, inputs)
-        return next((each for each in ACTIVATIONS if _same(down(gated(gate(inputs), up(inputs), each)), right)), None)
-    except Exception as error:  # any code of any model runs here
-        logger.info("%s stays as it is: %s", type(module).__name__, one_line(error))
+        # Where numbers are large, as the second ones are, a limit shows; where they are short, a wider type between.
+        for dtype, size in product((torch.float32, torch.bfloat16), (1.0, 1e3)):
+            inputs, *weights = drawn(dtype)
+            gate, up, down = (partial(F.linear, weight=weight) for weight in (*weights, weights[0].flip(0)))
+            twin = _twin(module, _modules=kept | {"gate_proj": gate, "up_proj": up, "down_proj": down})
+            inputs = inputs * size
+            right = type(module).forward(twin, inputs)
+            kinds = [kind for kind in kinds if _same(down(gated(gate(inputs), up(inputs), kind)), right)]
+    except Exception:  # any code of any model runs here
         return None
+    return next(iter(kinds), None)
 
 
 def _twin(module: nn.Module, **parts: dict[str, Any]) -> nn.Module:

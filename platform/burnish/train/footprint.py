@@ -114,7 +114,8 @@ def measure(recipe: Recipe) -> Sizes:
     saved, largest = saved_bytes(recipe, model)
     kept, recomputed = (largest + _most(each, tokens, each is not model) for each in (model, _skeleton(recipe)))
     loading = weights if whole else 0
-    packs = recipe.train.global_batch_size
+    # Only what is added up in another type shows.
+    packs = recipe.train.global_batch_size if recipe.model.dtype == "bfloat16" else 1
     return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, loading, packs)
 
 

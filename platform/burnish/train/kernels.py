@@ -10,17 +10,19 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 
 from burnish.config import Recipe
 from burnish.errors import RecipeError, one_line
+from burnish.train.model import layer_widths
 
 NormKind: TypeAlias = Literal["llama", "olmo2", "gemma"]
 """What is done last: the weight times what was rounded; that the other way round; 1 + the weight, then rounded."""
@@ -58,7 +60,7 @@ def plain() -> Kernels:
 def compiled(backend: str = "inductor") -> Kernels:
     """The same functions, each compiled when it is first called; on a GPU by Triton.
 
-    One result serves rows of any number and width, another one a single row.
+    One result serves rows of any number and width, others a single row and none.
     """
     return _by("compiled", partial(torch.compile, dynamic=True, backend=backend))
 
@@ -93,9 +95,13 @@ _MAKERS: dict[str, Callable[[], Kernels]] = {"plain": plain, "compiled": compile
 
 @dataclass(frozen=True)
 class Work:
-    """What kernels are chosen for: norms of rows [rows, width] and gates of [rows, inner], of these kinds in a model."""
+    """What kernels are chosen for: norms of rows [rows, width] and gates of [rows, inner], of these kinds in a model.
+
+    `trains` says whether the weights of norms are trained.
+    """
 
     kinds: frozenset[NormKind | Activation]
+    trains: bool
     device: torch.device
     dtype: torch.dtype
     rows: int
@@ -108,16 +114,15 @@ class Work:
         return {kind: probe(kind, rows or self.rows, size, self.device, self.dtype) for kind, size in sizes.items()}
 
 
-def of(recipe: Recipe, text: Any, cuda: bool, kinds: Iterable[NormKind | Activation]) -> Kernels:
-    """The kernels of a recipe's model with this text configuration, chosen at the size of its packs. A collective call.
+def of(recipe: Recipe, text: Any, cuda: bool, modules: dict[nn.Module, NormKind | Activation]) -> Kernels:
+    """The kernels for modules of a recipe's model with this text configuration, at the size of its packs. A collective call.
 
     Raises RecipeError where `model.kernels` asks for what cannot run.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    inner = max(inner) if isinstance(inner, list) else inner
+    device = torch.device("cuda" if cuda else "cpu")
+    trains = any(weight.requires_grad for module in modules for weight in module._parameters.values() if weight is not None)
     dtype, rows = getattr(torch, recipe.model.dtype), min(recipe.data.max_length, _TIMED)
-    return choose(recipe.model.kernels, Work(frozenset(kinds), device, dtype, rows, int(text.hidden_size), int(inner)))
+    return choose(recipe.model.kernels, Work(frozenset(modules.values()), trains, device, dtype, rows, *layer_widths(text)))
 
 
 def choose(wanted: str, work: Work) -> Kernels:
@@ -126,8 +131,10 @@ def choose(wanted: str, work: Work) -> Kernels:
     A collective call on a GPU. Raises RecipeError where kernels are asked for that cannot run, or give other values than
     torch's own.
     """
-    if wanted == "auto":
-        return fastest(_MAKERS, work) if work.device.type == "cuda" and work.kinds else plain()
+    if wanted == "auto" and work.device.type == "cuda" and work.kinds:
+        return fastest(_MAKERS, work)
+    if wanted in ("auto", "plain"):
+        return plain()
     try:
         made = _MAKERS[wanted]()
         check(made, work)
@@ -170,8 +177,9 @@ def check(kernels: Kernels, work: Work) -> None:
     tolerance = 1e-5 if work.dtype == torch.float32 else 2e-2
     chains = Kernels("plain", lambda *told: normed(*told)[0], gated)
     for kind, drawn in work.probes(_CHECKED).items():
-        found = _results(kernels, kind, *drawn)
-        right = _results(chains, kind, *(each.detach().double() for each in drawn))
+        # Before, since Liger writes gradients over what it was given.
+        right = _results(chains, work.trains, kind, *(each.double() for each in drawn))
+        found = _results(kernels, work.trains, kind, *drawn)
         for one, other in zip(found, right, strict=True):
             if not (one.double() - other).norm() <= tolerance * other.norm():
                 raise ArithmeticError(f"{kernels.name} {kind} gives other values than torch")
@@ -184,11 +192,14 @@ def probe(kind: str, rows: int, width: int, device: torch.device, dtype: torch.d
     return tuple(torch.randn(shape, generator=random, device=device, dtype=torch.float32).to(dtype) for shape in shapes)
 
 
-def _results(kernels: Kernels, kind: Any, first: torch.Tensor, second: torch.Tensor, outer: torch.Tensor) -> Any:
-    """The output of a norm or a gate, and its two gradients."""
-    first, second = first.requires_grad_(), second.requires_grad_()
+def _results(
+    kernels: Kernels, trains: bool, kind: Any, first: torch.Tensor, second: torch.Tensor, outer: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The output of a norm or a gate, and its gradients, that of a norm's weight where it trains."""
+    first, second = first.detach().requires_grad_(), second.detach().requires_grad_(trains or kind in ACTIVATIONS)
     output = kernels.norm(first, second, 1e-6, kind) if kind in NORMS else kernels.gate(first, second, kind)
-    return output, *torch.autograd.grad(output, (first, second), outer)
+    wanted = [each for each in (first, second) if each.requires_grad]
+    return output.detach(), *torch.autograd.grad(output, wanted, outer)
 
 
 def _seconds(kernels: Kernels, work: Work) -> float:
@@ -198,7 +209,7 @@ def _seconds(kernels: Kernels, work: Work) -> float:
         _wait(work.device)
         started = time.perf_counter()
         for kind, tensors in drawn.items():
-            _results(kernels, kind, *tensors)
+            _results(kernels, work.trains, kind, *tensors)
         _wait(work.device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
@@ -217,7 +228,7 @@ class _Norm(torch.autograd.Function):
         output, scale = kernels[0](_rows(inputs), weight.detach(), epsilon, kind)
         ctx.save_for_backward(inputs, weight, scale)
         ctx.backward_kernel, ctx.kind = kernels[1], kind
-        return output.view(inputs.shape)
+        return _shaped(output, inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -253,6 +264,11 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
 
 
+def _shaped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Rows in the shape of a tensor; no view to autograd, which would refuse to have it changed in place."""
+    return torch.ops.aten._unsafe_view(rows, like.shape)  # type: ignore[no-any-return]
+
+
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -268,7 +284,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, kernels: Any, gates: torch.Tensor, values: torch.Tensor, activation: Activation) -> Any:
         ctx.save_for_backward(gates, values)
         ctx.backward_kernel, ctx.activation = kernels[1], activation
-        return kernels[0](_rows(gates), _rows(values), activation).view(gates.shape)
+        return _shaped(kernels[0](_rows(gates), _rows(values), activation), gates)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

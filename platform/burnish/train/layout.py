@@ -88,8 +88,9 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     """What a worker's device holds at most under a layout; `offloads` says that the optimizer lives on the host.
 
     AdamW keeps two float32 moments, and DeepSpeed float32 masters, except where nothing is sharded in float32 (ZeRO, arXiv
-    1910.02054, section 3). Where gradients are sharded, those of several packs are added up in float32 (`engine.py`). The
-    step comes when the activations are gone, and works on float32 gradients; the larger of the two counts as activations.
+    1910.02054, section 3). Where gradients are sharded, those of several packs are added up in float32 (`engine.py`), which
+    stage 2 then steps with. Else the step, when the activations are gone, takes float32 gradients beside; the larger of the
+    two counts as activations.
     """
     stage, trained, size = layout.zero_stage, sizes.trained, sizes.itemsize
     bucket = min(BUCKET_ELEMENTS, trained) * size
@@ -99,7 +100,7 @@ def footprint(sizes: Sizes, layout: Layout, num_workers: int, offloads: bool) ->
     optimizer = trained * (8 if stage == 0 and size == 4 else 12) // (num_workers if stage else 1)
     added = 4 if stage >= 2 and sizes.packs > num_workers else size
     gradients = trained * added // (num_workers if stage >= 2 else 1) + (bucket if stage else 0)
-    stepping = 0 if size == 4 else trained * 4 // (num_workers if stage else 1)
+    stepping = 0 if size == 4 or (stage == 2 and added == 4) else trained * 4 // (num_workers if stage else 1)
     if stage == 0 and num_workers > 1:  # DeepSpeed's copy of gradients that it averages at once
         stepping += min(trained, _AVERAGED_ELEMENTS) * size
     if offloads:

@@ -215,6 +215,13 @@ def head_widths(config: Any) -> frozenset[tuple[int, int]]:
     return frozenset(_widths(layer, index) for index, layer in enumerate(_layers(config)))
 
 
+def layer_widths(config: Any) -> tuple[int, int]:
+    """The widths of hidden states and of the widest layer within."""
+    layers = list(enumerate(_layers(config)))
+    width = max(_number(layer, index, "hidden_size", 1024) for index, layer in layers)
+    return width, max(_number(layer, index, "intermediate_size", 4 * width) for index, layer in layers)
+
+
 def attention_dropout(config: Any) -> float:
     """The largest dropout of attention scores in any layer."""
     return max(float(getattr(layer, "attention_dropout", 0.0) or 0.0) for layer in _layers(config))

@@ -106,7 +106,7 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
             fuse(model)
     modules = elementwise.replaceable(model)
-    elementwise.fuse(modules, kernels.of(recipe, text, device.type == "cuda", modules.values()))
+    elementwise.fuse(modules, kernels.of(recipe, text, device.type == "cuda", modules))
     if recipe.model.recomputes():
         recompute(model)
     objective = Objective(model.train(), device)

@@ -1,6 +1,7 @@
 """Norms and gates as one function, against transformers' own modules."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from burnish.errors import RecipeError
 from burnish.train import kernels
 from burnish.train.elementwise import fuse, replaceable
 from burnish.train.kernels import ACTIVATIONS, NORMS, Kernels, Work, check, choose, compiled, fastest, plain
+from burnish.train.model import layer_widths
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -26,7 +28,7 @@ ARCHITECTURES = {
 
 
 def work(dtype: torch.dtype = torch.float32) -> Work:
-    return Work(frozenset({*NORMS, *ACTIVATIONS}), CPU, dtype, 16, 32, 48)
+    return Work(frozenset({*NORMS, *ACTIVATIONS}), True, CPU, dtype, 16, 32, 48)
 
 
 def made(architecture: str, dtype: torch.dtype, **options) -> nn.Module:
@@ -86,7 +88,9 @@ def test_gradients_are_those_of_autograd_in_float64(kind, dtype):
     inputs = first.requires_grad_(), second.requires_grad_()
     right = chain(*inputs)
     for one, other in zip(
-        kernels._results(plain(), kind, *inputs, outer), (right, *torch.autograd.grad(right, inputs, outer)), strict=True
+        kernels._results(plain(), True, kind, *inputs, outer),
+        (right, *torch.autograd.grad(right, inputs, outer)),
+        strict=True,
     ):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
@@ -128,16 +132,46 @@ class Gated(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(inputs)) * self.up_proj(inputs) * self.scale)
 
 
+class Limited(Gated):
+    """One whose gates have a limit that small numbers do not meet."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(inputs).clamp(max=50.0)) * self.up_proj(inputs))
+
+
+class Widened(Gated):
+    """One that computes the gate in float32."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(inputs).float(), self.up_proj(inputs).float()
+        return self.down_proj((self.act_fn(gate) * up).to(inputs.dtype))
+
+
+class PaperRMSNorm(ScaledRMSNorm):
+    """One whose epsilon stands elsewhere, which large numbers in 16 bits do not show."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        wide = inputs.float()
+        scale = wide.square().mean(-1, keepdim=True).sqrt() + self.eps
+        return self.weight * (wide / scale).to(inputs.dtype)
+
+
+class BareRMSNorm(nn.RMSNorm):
+    """One without a weight."""
+
+
 @pytest.mark.parametrize(
     ("module", "replaced"),
     [
         (ScaledRMSNorm(), False), (ClampedRMSNorm(), False), (nn.RMSNorm(8), False), (nn.LayerNorm(8), False),
         (Gated(nn.SiLU()), True), (Gated(nn.GELU()), True), (Gated(nn.GELU("tanh")), True), (Gated(nn.SiLU(), 1.5), False),
-        (Gated(nn.ReLU()), False), (Gated(nn.Tanh()), False),
+        (Gated(nn.ReLU()), False), (Gated(nn.Tanh()), False), (Limited(nn.SiLU()), False), (Widened(nn.SiLU()), False),
+        (PaperRMSNorm().bfloat16(), False), (PaperRMSNorm(), False), (BareRMSNorm(8, elementwise_affine=False), False),
     ],
 )  # fmt: skip
 def test_only_what_gives_the_same_bits_is_replaced(module, replaced):
-    inputs = torch.randn(3, module.weight.shape[0] if hasattr(module, "weight") else 8)
+    weight = getattr(module, "weight", None)
+    inputs = torch.randn(3, 8) if weight is None else torch.randn(3, len(weight)).to(weight.dtype)
     tree = nn.ModuleList([module])
     right = None if isinstance(module, ClampedRMSNorm) else module(inputs)
     fuse(replaceable(tree), plain())
@@ -166,6 +200,43 @@ def test_a_norm_with_a_weight_for_each_head_and_calls_by_name_compute_as_before(
     assert all("forward" in vars(module) for module in (one, many, gated))
     assert torch.equal(one(hidden=inputs), right[0]) and torch.equal(one(inputs), right[0])
     assert torch.equal(many(inputs), right[1]) and torch.equal(gated(inputs=inputs[..., :8]), right[2])
+
+
+def test_what_a_norm_gives_may_be_changed_in_place_as_before():
+    model, found = made("Llama", torch.float32), []
+    for ours in (False, True):
+        if ours:
+            fuse(replaceable(model), plain())
+        inputs = torch.linspace(-1, 1, 64).view(1, 2, 32).requires_grad_()
+        output = model.model.norm(inputs)
+        output *= torch.arange(32)
+        (gradient,) = torch.autograd.grad(output.square().sum(), inputs)
+        found.append(gradient)
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[0].norm()
+
+
+def test_kernels_that_write_over_what_they_were_given_are_right():
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gates, values, activation):
+            ctx.save_for_backward(gates, values)
+            ctx.activation = activation
+            return kernels.gated(gates, values, activation)
+
+        @staticmethod
+        def backward(ctx, outer):
+            gates, values = ctx.saved_tensors
+            found = kernels._gate_gradients(outer, gates, values, ctx.activation)
+            return gates.copy_(found[0]), values.copy_(found[1]), None
+
+    check(replace(plain(), gate=Overwriting.apply), work())
+
+
+def test_layers_of_several_widths_have_kernels(make_recipe):
+    config = transformers.LlamaConfig(**SHAPE, per_layer_config={1: {"intermediate_size": 96}})
+    assert layer_widths(config) == (32, 96) and layer_widths(transformers.GPT2Config(n_embd=32)) == (32, 128)
+    model = made("Llama", torch.float32)
+    assert kernels.of(make_recipe(), config, False, replaceable(model)).name == "plain"
 
 
 def test_each_layer_of_a_model_is_looked_at():
@@ -219,7 +290,7 @@ def test_each_function_is_compiled_whole_and_once_for_rows_of_any_number():
     for kind in ("llama", "gemma", "silu", "gelu_tanh"):
         for rows, width in ((5, 32), (9, 32), (17, 48), (33, 48), (1, 32), (1, 48)):
             found, right = (
-                kernels._results(each, kind, *kernels.probe(kind, rows, width, CPU, torch.bfloat16))
+                kernels._results(each, True, kind, *kernels.probe(kind, rows, width, CPU, torch.bfloat16))
                 for each in (made, plain())
             )
             assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))

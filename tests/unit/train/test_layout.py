@@ -158,6 +158,7 @@ def test_gradients_of_several_packs_are_added_up_in_float32_where_they_are_shard
     for stage, more in ((0, 0), (1, 0), (2, 2 * GB // 4), (3, 2 * GB // 4)):
         few, several = (footprint(sizes, Layout(stage, False), 4, False).gradients for sizes in (one, many))
         assert several - few == more, stage
+    assert footprint(replace(many, kept=0, recomputed=0), Layout(2, False), 4, False).activations == 0, "the step adds none"
 
 
 def test_a_footprint_says_what_it_is_made_of():

@@ -351,7 +351,7 @@ def test_a_model_whose_heads_no_fast_kernel_takes_is_built_with_sdpa(make_recipe
     transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config)(**SMALL_MODEL, **fields), dtype=torch.bfloat16
     ).save_pretrained(tmp_path / "model")
-    model = {"path": str(tmp_path / "model"), "dtype": "bfloat16"}
+    model = {"path": str(tmp_path / "model"), "dtype": "bfloat16", "kernels": "plain"}
     check_model(make_recipe(model=model))
     assert pack_cost(make_recipe(model=model)).per_pair > 0
     assert build_model(make_recipe(model=model), cuda=True).config._attn_implementation == SDPA
