@@ -46,11 +46,11 @@ run() {
   export PYTHONPATH="$place/site:$PWD/.gpu/flash:$PWD/platform:$PWD"
   export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
   local status=0
-  timeout 240 python3 -m pytest -m gpu -o timeout=200 2>&1 | tee "$results/tests.txt" || status=1
-  timeout 150 python3 benchmarks/step.py --size 8b --rounds 5 2>&1 | tee "$results/step-8b.txt" || status=1
-  timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 2>&1 | tee "$results/step-1b.txt" || status=1
+  timeout 180 python3 -m pytest -m gpu -o timeout=150 2>&1 | tee "$results/tests.txt" || status=1
+  timeout 120 python3 benchmarks/step.py --size 8b --rounds 5 2>&1 | tee "$results/step-8b.txt" || status=1
+  timeout 120 python3 benchmarks/step.py --size 1b --rounds 7 --compile 2>&1 | tee "$results/step-1b.txt" || status=1
   timeout 60 python3 benchmarks/step.py --size 1b --rounds 7 --all-weights 2>&1 | tee "$results/step-1b-all.txt" || status=1
-  timeout 120 python3 benchmarks/gpu.py 2>&1 | tee "$results/gpu.txt" || status=1
+  timeout 110 python3 benchmarks/gpu.py 2>&1 | tee "$results/gpu.txt" || status=1
   record
   return $status
 }

@@ -1,13 +1,13 @@
 """Steps of burnish against TRL's SFTTrainer at its defaults and tuned, in one run: useful tokens a second at equal loss.
 
-    .venv/bin/python benchmarks/step.py [--rounds 9] [--size tiny|1b|8b] [--all-weights]
+    .venv/bin/python benchmarks/step.py [--rounds 9] [--size tiny|1b|8b] [--all-weights] [--compile]
 
 The same samples of log-normal length, the same random weights and fresh adapters of rank 16 on all linear layers, a step of
 AdamW after each batch, interleaved; padding is not counted. `burnish` takes the batch as packs (`train/step.py`), without
 Ray; on a GPU also with `model.kernels: plain`. `TRL, defaults` is the collator, batch size (8), checkpointing of activations
 and loss of SFTTrainer; `TRL, tuned` recomputes nothing and sorts a batch by length, and on a GPU packs with flash-attn where
-that is installed. On a CPU the model is tiny and float32, on a GPU of the named size in bfloat16. Losses of the first batch
-must agree.
+that is installed; `--compile` has torch.compile make its model faster, which takes a minute more. On a CPU the model is
+tiny and float32, on a GPU of the named size in bfloat16. Losses of the first batch must agree.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def burnish(recipe: Recipe) -> Callable[[Samples], float]:
     return step
 
 
-def supervised(recipe: Recipe, folder: Path, tuned: bool) -> Callable[[Samples], float]:
+def supervised(recipe: Recipe, folder: Path, tuned: bool, compiled: bool = False) -> Callable[[Samples], float]:
     """A step of TRL's trainer: its collator, its loss, its clipping and AdamW."""
     flat = tuned and CUDA and find_spec("flash_attn") is not None
     vocabulary = {f"t{i}": i for i in range(64)}
@@ -119,6 +119,8 @@ def supervised(recipe: Recipe, folder: Path, tuned: bool) -> Callable[[Samples],
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.create_optimizer()
     model = trainer.model.train()  # as it is for one process; nothing wraps it
+    if compiled:
+        model.compile(dynamic=True)
     size = arguments.per_device_train_batch_size
 
     def step(batch: Samples) -> float:
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", choices=SIZES, default="1b" if CUDA else "tiny")
     parser.add_argument("--all-weights", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     shape, capacity = SIZES[arguments.size], 8192 if CUDA else 1024
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -161,7 +164,7 @@ def main() -> None:
             "burnish": burnish(recipe),
             **({"burnish, kernels: plain": burnish(plain)} if CUDA else {}),
             "TRL, defaults": supervised(recipe, folder, tuned=False),
-            "TRL, tuned": supervised(recipe, folder, tuned=True),
+            "TRL, tuned": supervised(recipe, folder, tuned=True, compiled=arguments.compile),
         }
         taken: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, list[float]] = {name: [] for name in steps}
