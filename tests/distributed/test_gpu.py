@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from burnish.errors import TrainingError
-from burnish.train import kernels, memory, objective, self_test
+from burnish.train import kernel_choice, kernels, memory, objective, self_test
 from burnish.train.attention import FLASH, SDPA, VARLEN, register
 from burnish.train.failure import memory_advice
-from burnish.train.kernels import choose
+from burnish.train.kernel_choice import choose
 from burnish.train.objective import Objective
 from tests.conftest import Training, conversation, free_port, tiny_config, write_model, write_rows
 from tests.distributed.test_engine import STEPS, make_packs, plain
@@ -104,9 +104,10 @@ def test_the_host_waits_for_nothing_within_a_step(make_recipe, tmp_path, lora, c
             torch.cuda.set_sync_debug_mode(
                 "default" if number <= STEPS else "error"
             )  # the first ones take memory and compile
-            take(engine, loss_of, rows, told)
+            loss, norm = take(engine, loss_of, rows, told)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite() and norm.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -114,14 +115,14 @@ def test_the_host_waits_for_nothing_within_a_step(make_recipe, tmp_path, lora, c
 def test_kernels_of_norms_and_gates_give_torchs_own_values(name, dtype):
     if name == "liger":
         pytest.importorskip("liger_kernel")
-    work = kernels.Work(frozenset({*kernels.NORMS, *kernels.ACTIVATIONS}), True, CUDA, dtype, 512, 256, 704)
+    work = kernel_choice.Work(frozenset({*kernels.NORMS, *kernels.ACTIVATIONS}), True, CUDA, dtype, 512, 256, 704)
     made = choose(name, work)  # raises where they differ
     for rows in (1, 5, 700):
         for kind in ("llama", "olmo2", "gemma", "silu", "gelu_tanh"):
             drawn = partial(kernels.probe, kind, rows, 96, CUDA, dtype)
             for one, other in zip(
-                kernels._results(made, True, kind, *drawn()),
-                kernels._results(kernels.plain(), True, kind, *drawn()),
+                kernel_choice._results(made, True, kind, *drawn()),
+                kernel_choice._results(kernels.plain(), True, kind, *drawn()),
                 strict=True,
             ):
                 assert (one - other).float().norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * other.float().norm()
@@ -129,7 +130,9 @@ def test_kernels_of_norms_and_gates_give_torchs_own_values(name, dtype):
 
 def test_the_fastest_kernels_are_chosen_and_told(caplog):
     with caplog.at_level("INFO", "burnish"):
-        made = choose("auto", kernels.Work(frozenset({"llama", "silu"}), False, CUDA, torch.bfloat16, 8192, 4096, 14336))
+        made = choose(
+            "auto", kernel_choice.Work(frozenset({"llama", "silu"}), False, CUDA, torch.bfloat16, 8192, 4096, 14336)
+        )
     (told,) = [record.getMessage() for record in caplog.records if "auto takes" in record.getMessage()]
     print(told)
     assert made.name != "plain" and not any("leaves out" in record.getMessage() for record in caplog.records)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
-from burnish.train import attention, elementwise, kernels, quantized
+from burnish.train import attention, elementwise, kernel_choice, quantized
 from burnish.train.adapters import with_adapters
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
@@ -68,7 +68,7 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
             shards = Shards(model, device, recipe.scale.patience_seconds())
         fuse(model)
     modules = elementwise.replaceable(model)
-    elementwise.fuse(modules, kernels.of(recipe, text, cuda, modules))
+    elementwise.fuse(modules, kernel_choice.of(recipe, text, cuda, modules))
     if trained is not None and (whole or recipe.lora is not None):
         _put(model, trained)
     if recipe.model.recomputes():

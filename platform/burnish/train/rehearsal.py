@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import one_line
-from burnish.train import attention, elementwise, kernels
+from burnish.train import attention, elementwise, kernel_choice
 from burnish.train.adapters import with_adapters
 from burnish.train.footprint import lay_out, room_of
 from burnish.train.layout import Footprint, Room
@@ -106,7 +106,7 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
             fuse(model)
     modules = elementwise.replaceable(model)
-    elementwise.fuse(modules, kernels.of(recipe, text, device.type == "cuda", modules))
+    elementwise.fuse(modules, kernel_choice.of(recipe, text, device.type == "cuda", modules))
     if recipe.model.recomputes():
         recompute(model)
     objective = Objective(model.train(), device)

@@ -10,9 +10,10 @@ import transformers
 from torch import nn
 
 from burnish.errors import RecipeError
-from burnish.train import kernels
+from burnish.train import kernel_choice, kernels
 from burnish.train.elementwise import fuse, replaceable
-from burnish.train.kernels import ACTIVATIONS, NORMS, Kernels, Work, check, choose, compiled, fastest, plain
+from burnish.train.kernel_choice import Work, check, choose, fastest
+from burnish.train.kernels import ACTIVATIONS, NORMS, Kernels, compiled, plain
 from burnish.train.model import layer_widths
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_gradients_are_those_of_autograd_in_float64(kind, dtype):
     inputs = first.requires_grad_(), second.requires_grad_()
     right = chain(*inputs)
     for one, other in zip(
-        kernels._results(plain(), True, kind, *inputs, outer),
+        kernel_choice._results(plain(), True, kind, *inputs, outer),
         (right, *torch.autograd.grad(right, inputs, outer)),
         strict=True,
     ):
@@ -227,16 +228,19 @@ def test_kernels_that_write_over_what_they_were_given_are_right():
         def backward(ctx, outer):
             gates, values = ctx.saved_tensors
             found = kernels._gate_gradients(outer, gates, values, ctx.activation)
+            written.append(gates)
             return gates.copy_(found[0]), values.copy_(found[1]), None
 
+    written: list[torch.Tensor] = []
     check(replace(plain(), gate=Overwriting.apply), work())
+    assert len(written) == len(ACTIVATIONS) and all(bool(each.isfinite().all()) for each in written)
 
 
 def test_layers_of_several_widths_have_kernels(make_recipe):
     config = transformers.LlamaConfig(**SHAPE, per_layer_config={1: {"intermediate_size": 96}})
     assert layer_widths(config) == (32, 96) and layer_widths(transformers.GPT2Config(n_embd=32)) == (32, 128)
     model = made("Llama", torch.float32)
-    assert kernels.of(make_recipe(), config, False, replaceable(model)).name == "plain"
+    assert kernel_choice.of(make_recipe(), config, False, replaceable(model)).name == "plain"
 
 
 def test_each_layer_of_a_model_is_looked_at():
@@ -290,7 +294,7 @@ def test_each_function_is_compiled_whole_and_once_for_rows_of_any_number():
     for kind in ("llama", "gemma", "silu", "gelu_tanh"):
         for rows, width in ((5, 32), (9, 32), (17, 48), (33, 48), (1, 32), (1, 48)):
             found, right = (
-                kernels._results(each, True, kind, *kernels.probe(kind, rows, width, CPU, torch.bfloat16))
+                kernel_choice._results(each, True, kind, *kernels.probe(kind, rows, width, CPU, torch.bfloat16))
                 for each in (made, plain())
             )
             assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
