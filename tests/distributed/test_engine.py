@@ -556,7 +556,7 @@ def gang():
 @pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe, everywhere):
     """Each kind on one, two and four workers; without the soak on two those that are packed or recompute, and on one and
-    four those that are packed and recompute nothing."""
+    four ZeRO-2 and 3 of those that are packed, recompute nothing and stay on the device."""
     lora, dora = {"rank": 4}, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     tokens = {"rank": 4, "train_tokens": ["a", "e"]}
     kinds = [
@@ -568,8 +568,13 @@ def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe, everywhere)
     ]
     expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora, tokens)}
     for world in (1, 2, 4):
-        usual = [(True, False), (True, True), (False, True)] if world == 2 else [(True, False)]
-        asked = [kind for kind in kinds if everywhere or kind[2:4] in usual]
+        asked = [
+            (adapters, stage, packed, recomputed, offload)
+            for adapters, stage, packed, recomputed, offload in kinds
+            if everywhere
+            or (world == 2 and (packed or recomputed))
+            or (stage >= 2 and packed and not recomputed and offload == "none")
+        ]
         runs = [
             make_recipe(
                 model={"activation_checkpointing": recomputed},
@@ -783,9 +788,10 @@ def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_r
             assert set(weights) == wanted and all(torch.equal(weights[name], right[name]) for name in wanted)
         return [grown for grown, _, _ in found]
 
-    shared, whole = loaded(3), loaded(2)
-    print(f"{size / 2**20:.0f} MiB, largest {largest / 2**20:.0f}; peaks {[each >> 20 for each in (*shared, *whole)]} MiB")
-    assert min(whole) > 0.9 * size
+    shared = loaded(3)
+    print(f"{size / 2**20:.0f} MiB, largest {largest / 2**20:.0f}; peaks {[each >> 20 for each in shared]} MiB")
+    if lora is None:  # what is measured sees a model that is whole
+        assert min(loaded(2)) > 0.9 * size
     # A quarter, what is being read, and its copy on the way to the others: a weight, or a layer where it is frozen.
     block = size // 17 if lora else 0
     assert max(shared) < size / 4 + 2 * max(largest, block)

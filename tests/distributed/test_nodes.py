@@ -55,6 +55,13 @@ def node_of(process: psutil.Process, nodes: tuple[Any, ...]) -> Any:
     return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
 
 
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Weights that were added up in another order."""
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
 def test_data_nodes_feed_training_nodes_and_whoever_goes_loses_nothing(quiet, nodes):
     cluster, (*data, train, other), add, dashboard = nodes
     run = Training(quiet.recipe, "nodes-lost", cluster.address, "checkpoint.every_steps=15", "scale.num_workers=[1,2]")
@@ -88,7 +95,40 @@ def test_data_nodes_feed_training_nodes_and_whoever_goes_loses_nothing(quiet, no
     assert [line["packs"] for line in found] == [line["packs"] for line in wanted]
     # Sums of float32 in another order differ by about 1e-7 after 48 steps, resumed or not (losses and weights alike).
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
-    trained, weights = run.weights(), quiet.weights()
-    assert set(trained) == set(weights)
-    for name, tensor in weights.items():
-        assert (trained[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    assert_close(run.weights(), quiet.weights())
+
+
+def test_adapters_go_on_with_fewer_workers_and_with_more_in_the_same_steps(quiet, nodes):
+    cluster, (*_, other), add, _ = nodes
+    lora = ("lora={rank: 4, dropout: 0.1}", "engine.zero_stage=auto", "train.epochs=8")
+    whole = Training(quiet.recipe, "adapters-quiet", cluster.address, *lora)
+    assert whole.wait() == 0, whole.said()
+
+    run = Training(quiet.recipe, "adapters-elastic", cluster.address, *lora, "scale.num_workers=[1,2]")
+    run.wait_until(run.checkpoints)
+    cluster.remove_node(other, allow_graceful=False)
+    metrics = run.folder / "metrics.jsonl"
+
+    def trained_by(attempt: int) -> list[int]:
+        """The steps of checkpoints that stand since this attempt has trained."""
+        starts = run.attempts()
+        if len(starts) < attempt:
+            return []
+        began = starts[attempt - 1]
+        own = [line["step"] for line in lines(metrics) if line["time"] > began["time"]]
+        return [step for step in run.checkpoints() if own and began["from_step"] < step <= max(own)]
+
+    run.wait_until(lambda: trained_by(2))
+    add("train")
+    for worker in run.workers(1):
+        worker.kill()
+    assert run.wait() == 0, run.said()
+
+    starts = run.attempts()
+    assert [start["workers"] for start in starts] == [2, 1, 2]
+    assert 0 < starts[1]["from_step"] < starts[2]["from_step"] < len(whole.ledger())
+    found, wanted = run.ledger(), whole.ledger()
+    assert [line["packs"] for line in found] == [line["packs"] for line in wanted]
+    assert [line["trained_tokens"] for line in found] == [line["trained_tokens"] for line in wanted]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
+    assert_close(run.weights(), whole.weights())

@@ -52,7 +52,14 @@ def test_what_a_library_prints_is_no_part_of_the_result(capsys, recipe_file, mon
     ("architecture", "template", "lora", "workers", "stage", "dtype"),
     [
         ("llama", LLAMA3, {"rank": 4, "variant": "rslora", "train_tokens": ["<|eot_id|>"]}, 2, 3, "bfloat16"),
-        ("mistral", CHATML, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head"]}, 1, 0, "float32"),
+        (
+            "mistral",
+            CHATML,
+            {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head"]},
+            1,
+            "auto",
+            "float32",
+        ),
         pytest.param("qwen3", CHATML, None, 2, 2, "float32", marks=pytest.mark.soak),
         pytest.param("gemma", LLAMA3, None, 1, 3, "bfloat16", marks=pytest.mark.soak),
     ],
@@ -65,7 +72,7 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(30, 36)])
     path = recipe_file(
-        model={"path": str(base), "dtype": dtype},
+        model={"path": str(base), "dtype": dtype, "activation_checkpointing": "auto" if stage == "auto" else False},
         lora={**lora, "alpha": 8} if lora else None,
         data={"train": [{"path": str(tmp_path / "rows.parquet")}], "eval": [{"path": str(held_out)}]},
         optim={"learning_rate": 1e-2},
@@ -84,6 +91,8 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
     assert (result["status"], result["run"], result["steps"]) == ("finished", "small", len(ledger))
     assert result["checkpoint"] == str(folder / "checkpoints" / f"step-{len(ledger):08d}")
     assert {"train/loss", "train/grad_norm", "eval/loss", "eval/perplexity"} <= set(result["metrics"])
+    assert result["metrics"]["engine/zero_stage"] == (2 if stage == "auto" else stage), "a small model is never shared out"
+    assert result["metrics"]["engine/activation_checkpointing"] == 0
     assert ledger[-1]["loss"] < ledger[0]["loss"]
     evaluated = sorted({*range(2, len(ledger) + 1, 2), len(ledger)})
     losses = {line["step"]: line["eval/loss"] for line in lines(folder / "metrics.jsonl") if "eval/loss" in line}
@@ -158,6 +167,7 @@ def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: flo
     assert run(capsys, "export", folder)[1].strip() == str(exported), "the same export again is left as it is"
 
 
+@pytest.mark.soak
 def test_a_run_on_a_base_in_four_bits_is_exported_on_the_base_as_it_is(cluster, capsys, recipe_file):
     """With everything of its layout left to burnish."""
     path = recipe_file(

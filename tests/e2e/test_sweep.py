@@ -29,7 +29,7 @@ class Sweep:
             lora={"rank": 2},
             model={"path": os.path.relpath(model, folder)},
             data={"eval": [{"path": str(held_out)}]},
-            train={"max_steps": 8, "eval_every_steps": 2},
+            train={"max_steps": 8, "eval_every_steps": 2, "generations": 0},
             tracking={"uri": self.uri},
             sweep={"space": {"lora.rank": {"choice": [2, 4]}, "optim.learning_rate": {"choice": [1e-8, 1e-1]}}, "trials": 2,
                    "concurrent": 2},

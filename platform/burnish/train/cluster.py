@@ -24,6 +24,8 @@ ROLE = "node-role"
 LOOPBACK = "127.0.0.1"
 WIDTH_SECONDS = 300.0
 """How long a run waits for its fewest workers after nodes were lost."""
+ANSWER_SECONDS = 2.0
+"""Within which a node that lives takes a connection."""
 KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """What a node for data has in its environment. Light data tasks make more processes than there are CPUs; by default Ray ends
 those idle for a second, and the next task waits for a new one, which loads the tokenizer again."""
@@ -143,7 +145,7 @@ def check_resources(recipe: Recipe) -> bool:
     if os.environ.get("RAY_CLUSTER_AUTOSCALES"):
         return cuda
     kind = "GPU" if cuda else "CPU"
-    places, data = _places("train", recipe, kind), _places("data", recipe, "CPU")
+    places, data = _places(_nodes("train", recipe), kind), _places(_nodes("data", recipe), "CPU")
     # A data task needs a CPU that no training worker holds, or the stream waits for ever.
     apart = role_labels(recipe, "data") is not None
     needed = workers if cuda or apart else workers + 1
@@ -162,7 +164,7 @@ def check_resources(recipe: Recipe) -> bool:
 
 
 def width(recipe: Recipe, cuda: bool) -> int:
-    """How many workers start now: the most of the recipe's numbers that have places on nodes that stay.
+    """How many workers start now: the most of the recipe's numbers that have places on nodes that live and stay.
 
     Raises InfrastructureError where the fewest find no place for `WIDTH_SECONDS`. A recipe with one number gets it, and Ray
     waits for the places; so does a cluster that brings nodes up by itself.
@@ -173,7 +175,8 @@ def width(recipe: Recipe, cuda: bool) -> int:
     deadline = time.monotonic() + WIDTH_SECONDS
     apart = cuda or role_labels(recipe, "data") is not None
     while True:
-        places = _places("train", recipe, "GPU" if cuda else "CPU") - (0 if apart else 1)
+        answering = [node for node in _nodes("train", recipe) if _answers(node)]
+        places = _places(answering, "GPU" if cuda else "CPU") - (0 if apart else 1)
         fitting = [number for number in widths if number <= places]
         if fitting:
             return fitting[0]
@@ -197,10 +200,26 @@ def role_labels(recipe: Recipe, role: str) -> dict[str, str] | None:
     return {ROLE: role} if bound else None
 
 
-def _places(role: str, recipe: Recipe, kind: str) -> int:
-    """Units of a resource on the nodes that a role may run on."""
+def _nodes(role: str, recipe: Recipe) -> list[dict[str, Any]]:
+    """The nodes that a role may run on and that stay."""
     labels = role_labels(recipe, role)
     leaving = draining()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    nodes = [node for node in nodes if labels is None or node["Labels"].get(ROLE) == role]
+    return [node for node in nodes if labels is None or node["Labels"].get(ROLE) == role]
+
+
+def _places(nodes: list[dict[str, Any]], kind: str) -> int:
+    """Units of a resource on some nodes."""
     return sum(int(node["Resources"].get(kind, 0)) for node in nodes)
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether somebody listens where a node's Ray did.
+
+    Ray counts a node that is gone for a quarter of a minute more, in which workers would be started there and never come.
+    """
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
