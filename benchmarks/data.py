@@ -23,11 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import rendering  # sets the environment of tokenizers
 import datasets
 import numpy as np
 import psutil
 import ray
+import rendering  # sets the environment of tokenizers
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -36,8 +36,8 @@ from burnish.config import Recipe, parse
 from burnish.data import order, pipeline
 from burnish.data.packing import pack
 from burnish.data.stages import Patience, Stages
-from burnish.train.cluster import connected
 from burnish.train.batches import batches
+from burnish.train.cluster import connected
 from burnish.train.prepare import Prepared, prepare
 from burnish.train.split import OrderedSplit
 
@@ -50,8 +50,9 @@ def world(folder: Path, rows: int) -> tuple[Any, list[dict[str, object]]]:
     tokenizer = rendering.tokenizer_of(corpus)
     tokenizer.chat_template = (rendering.TEMPLATES / "qwen2_5.jinja").read_text()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=CAPACITY,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     talks = rendering.conversations(corpus, rows)

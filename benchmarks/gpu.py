@@ -32,10 +32,10 @@ from burnish.config import Recipe, parse
 from burnish.data.packing import Pack, Sample
 from burnish.train import engine as ds
 from burnish.train import self_test
+from burnish.train.architecture import cost
 from burnish.train.attempt import Progress
 from burnish.train.build import build_model
 from burnish.train.home import Home
-from burnish.train.model import cost
 from burnish.train.objective import Objective
 from burnish.train.state import State
 from burnish.train.writer import Place, Writer

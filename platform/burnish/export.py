@@ -28,6 +28,8 @@ from burnish.train.shelf import Shelf
 _NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far logits of the same weights may lie apart, relative to their norm: sums in another order, and for a merged adapter
 the rounding of each merged weight."""
+_SAME = 1e-5
+"""How far logits lie apart, relative to their norm, that differ by sums of float32 in another order alone."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of a base model that are no part of its weights or tokenizer and that servers read."""
 _PROBES = 3
@@ -36,9 +38,13 @@ _PROBES = 3
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an export came from; export.json in its folder. `base_sha256` is `model_digest` of a local base model."""
+    """Where an export came from; export.json in its folder.
+
+    `identity` tells the run from an earlier one of its name; `base_sha256` is `model_digest` of a local base model.
+    """
 
     run: str
+    identity: str | None
     step: int
     behaviour_sha256: str
     merged: bool
@@ -69,7 +75,7 @@ def register(run: str, folder: Path, name: str, alias: str) -> str:
     home, origin = Home.at(run).arrive(), _origin(folder)
     try:
         recipe, known = load(home.folder / "recipe.yaml"), home.folder / "mlflow.json"
-        if origin is None or origin.run != recipe.name:
+        if origin is None or (origin.run, origin.identity) != (recipe.name, home.identity()):
             raise RecipeError(f"--register {name}: {folder} is no export of {run}")
         if recipe.tracking.uri is None or not known.exists():
             raise RecipeError(f"--register {name}: {run} has no run in MLflow (tracking.uri: {recipe.tracking.uri})")
@@ -94,7 +100,7 @@ def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
     if merge and recipe.lora is None:
         raise RecipeError(f"{run}: trained every weight, so there is no adapter to merge; leave --merge out")
     base = model_digest(recipe.model.path)
-    origin = Origin(recipe.name, found.progress.step, contract.behaviour_sha256, merge, base)
+    origin = Origin(recipe.name, home.identity(), found.progress.step, contract.behaviour_sha256, merge, base)
     if folder.exists():
         if _origin(folder) == origin:
             return folder
@@ -104,20 +110,23 @@ def _export(home: Home, folder: Path, merge: bool, step: int | None) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with shelf.fetched(found.name, home.folder / "export", only=checkpoint.WEIGHTS) as checkpoint_folder:
-        weights = checkpoint_folder / checkpoint.WEIGHTS
-        logits = _write_model(recipe, weights, contract, partial, merge)
-        for file in partial.glob("*.safetensors"):
-            _check_tensors(file)
-        _check_reload(recipe, partial, logits, _probe_ids(contract), None if merge else weights)
-    _write_tokenizer(recipe, contract, partial)
-    if merge or recipe.lora is None:
-        _write_processors(recipe, partial)
-    (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
-    data = json.loads((home.folder / "data.json").read_text())
-    (partial / "README.md").write_text(card(recipe, contract, data, found.metrics, origin.step, merge), encoding="utf-8")
-    (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
-    os.replace(partial, folder)
+    try:
+        with shelf.fetched(found.name, home.folder / "export", only=checkpoint.WEIGHTS) as checkpoint_folder:
+            weights = checkpoint_folder / checkpoint.WEIGHTS
+            known = _write_model(recipe, weights, contract, partial, merge)
+            for file in partial.glob("*.safetensors"):
+                _check_tensors(file)
+            _check_reload(recipe, partial, known, _probe_ids(contract), None if merge else weights)
+        _write_tokenizer(recipe, contract, partial)
+        if merge or recipe.lora is None:
+            _write_processors(recipe, partial)
+        (partial / "contract.json").write_text(contract.to_json(), encoding="utf-8")
+        data = json.loads((home.folder / "data.json").read_text())
+        (partial / "README.md").write_text(card(recipe, contract, data, found.metrics, origin.step, merge), encoding="utf-8")
+        (partial / "export.json").write_text(json.dumps(asdict(origin), indent=2) + "\n")
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -159,11 +168,21 @@ def _held(origin: Origin | None) -> str:
     if origin is None:
         return "exists and is no export"
     merged = "with its adapter merged, " if origin.merged else ""
-    return f"step {origin.step} of run {origin.run!r}, {merged}contract {origin.behaviour_sha256[:8]}"
+    run = f"run {origin.run!r} ({(origin.identity or 'of an earlier version')[:8]})"
+    return f"step {origin.step} of {run}, {merged}contract {origin.behaviour_sha256[:8]}"
 
 
-def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> list[torch.Tensor]:
-    """Saves the base model with the trained weights put in, as all weights or as an adapter; its logits before that."""
+@dataclass(frozen=True)
+class _Known:
+    """What a model gave before it was saved: logits of each probe, [tokens, vocabulary], and the norms of what its adapter
+    changes of them; no norms where no adapter is merged."""
+
+    logits: list[torch.Tensor]
+    changes: list[float]
+
+
+def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> _Known:
+    """Saves the base model with the trained weights put in, as all weights or as an adapter; what it gave before that."""
     model = load_weights(recipe)
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
@@ -173,8 +192,12 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
         odd = sorted(wanted ^ set(trained))[:3]
         raise DataError(f"{weights}: does not hold the weights of this recipe's model; they differ in {', '.join(odd)}")
     model.load_state_dict(trained, strict=False)
-    logits = _logits(model, _probe_ids(contract))
+    probes, changes = _probe_ids(contract), []
+    logits = _logits(model, probes)
     if merge:
+        with model.disable_adapter():
+            before = _logits(model, probes)
+        changes = [float((own - plain).norm()) for own, plain in zip(logits, before, strict=True)]
         model = model.merge_and_unload()
     base = model.get_base_model() if recipe.lora is not None and not merge else model
     base.config.use_cache = True
@@ -191,7 +214,7 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
         tensors = load_file(adapter)
         # An adapter travels alone; its file says under which contract it was trained.
         save_file(tensors, adapter, metadata={"format": "pt", "chat_contract": f"sha256:{contract.behaviour_sha256}"})
-    return logits
+    return _Known(logits, changes)
 
 
 def _probe_ids(contract: Contract) -> list[torch.Tensor]:
@@ -207,12 +230,11 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
         return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in probes]
 
 
-def _check_reload(
-    recipe: Recipe, folder: Path, logits: list[torch.Tensor], probes: list[torch.Tensor], weights: Path | None
-) -> None:
+def _check_reload(recipe: Recipe, folder: Path, known: _Known, probes: list[torch.Tensor], weights: Path | None) -> None:
     """Raises BurnishError unless a folder loads, in plain transformers (and peft), as the model that was trained.
 
-    `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others.
+    `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others. Merged
+    weights are rounded to the model's dtype, which must leave more than half of what the adapter changes.
     """
     adapter = (folder / "adapter_config.json").exists()
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -228,12 +250,20 @@ def _check_reload(
             for name in trained.keys():  # noqa: SIM118  # safe_open is no mapping
                 if name not in found or not torch.equal(found[name].detach(), trained.get_tensor(name)):
                     raise BurnishError(f"{folder}: {name} does not load as it was trained; the export is not good")
-    for ids, before, after in zip(probes, logits, _logits(model, probes), strict=True):
-        error = float((after - before).norm() / before.norm())
+    lost = []
+    for ids, before, after in zip(probes, known.logits, _logits(model, probes), strict=True):
+        lost.append(float((after - before).norm()))
+        error = lost[-1] / float(before.norm())
         if not error <= _NEAR[recipe.model.dtype]:
             raise BurnishError(
                 f"{folder}: logits of {ids.shape[1]} tokens differ by {error:.1%} from those of the trained model after "
                 "loading; the export is not good"
+            )
+    for before, change, away in zip(known.logits, known.changes, lost, strict=False):  # of no adapter there are no changes
+        if away > max(change / 2, _SAME * float(before.norm())):
+            raise BurnishError(
+                f"--merge: weights that are merged and rounded to {recipe.model.dtype} lose {away / change:.0%} of what the "
+                "adapter changes of the logits; export the adapter itself, without --merge"
             )
 
 

@@ -20,7 +20,7 @@ from burnish.data.stages import Patience, Stages
 from burnish.errors import RecipeError, one_line
 from burnish.train.cluster import connected, role_labels
 from burnish.train.footprint import lay_out
-from burnish.train.layout import Room
+from burnish.train.layout import Layout, Room
 from burnish.train.prepare import Prepared, prepare
 from burnish.train.rehearsal import Rehearsal, rehearse
 
@@ -157,7 +157,8 @@ def _rehearse(recipe: Recipe) -> tuple[Rehearsal | None, str | None]:
         return None, str(error.cause)
     except ray.exceptions.RayError as error:
         logger.warning("the run was not tried on a device: %s", one_line(error))
-    return Rehearsal("no device here", None, *lay_out(recipe, Room(sys.maxsize), num_workers), None), None
+    decided, needed, _ = lay_out(recipe, Room(sys.maxsize), num_workers)
+    return Rehearsal("no device here", None, decided, needed, None, None), None
 
 
 def _memory(tried: Rehearsal) -> dict[str, Any] | None:
@@ -169,6 +170,7 @@ def _memory(tried: Rehearsal) -> dict[str, Any] | None:
         "activation_checkpointing": tried.recipe.model.recomputes(),
         "device": tried.device,
         "capacity": tried.room and tried.room.device,
+        "reason": tried.reason,
     }
     return asdict(tried.needed) | {"total": tried.needed.total} | layout
 
@@ -206,6 +208,5 @@ def _on_workers(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         of = f" of {usage['capacity'] / 1e9:.1f}" if usage["capacity"] else ""
         parts = ", ".join(f"{part} {usage[part] / 1e9:.2f}" for part in _PARTS)
         yield "memory a worker", f"{usage['total'] / 1e9:.2f}{of} GB ({parts}), {usage['device']}"
-        kept = "recomputed" if usage["activation_checkpointing"] else "kept"
-        yield "layout", f"ZeRO-{usage['zero_stage']}, activations {kept}"
+        yield "layout", usage["reason"] or str(Layout(usage["zero_stage"], usage["activation_checkpointing"]))
     yield "time", f"{timedelta(seconds=round(seconds))} of computing" if seconds is not None else "cannot be told here"

@@ -23,6 +23,8 @@ _CURVES = {
 }  # fmt: skip
 _ANSWERS = 6
 """Answers shown to a question, the first and the newest."""
+_LONGEST = 41
+"""Characters of a run's name that leave room for "-again"."""
 _EXAMPLES = 3
 """Rows shown of each reason for which rows were not trained."""
 
@@ -64,7 +66,7 @@ def page(folder: Path) -> str:
         f"{html.facts(_summary(folder, measured, steps))}<div class=curves>{curves}</div>"
         f"{_generations(folder)}<h2>From rows to tokens</h2>{_funnel(folder, recipe, steps)}"
         f"<h2>Template</h2>{_template(contract)}"
-        f"<h2>Again</h2>{_again(folder, recipe)}"
+        f"<h2>Again</h2>{_again(folder, recipe, contract.date)}"
     )
     return html.document(f"{recipe.name}: report", escape(recipe.model.path), body)
 
@@ -163,6 +165,11 @@ def _template(contract: Contract) -> str:
     return html.table(rows) + html.hidden("chat_template.jinja", contract.template)
 
 
-def _again(folder: Path, recipe: Recipe) -> str:
-    command = shlex.join(["burnish", "train", str(folder / "recipe.yaml"), f"name={recipe.name}-again"])
-    return f"<pre>{escape(command)}</pre>" + html.hidden("recipe.yaml", (folder / "recipe.yaml").read_text())
+def _again(folder: Path, recipe: Recipe, date: str | None) -> str:
+    """The command that trains the same once more, on the day that the template showed, and the recipe that it reads."""
+    remote = "://" in recipe.run_place()
+    path = "recipe.yaml" if remote else str(folder / "recipe.yaml")
+    day = [f"template.date={date}"] if date is not None else []
+    command = shlex.join(["burnish", "train", path, f"name={recipe.name[:_LONGEST]}-again", *day])
+    where = "<p>With the recipe below in recipe.yaml:</p>" if remote else ""
+    return f"{where}<pre>{escape(command)}</pre>" + html.hidden("recipe.yaml", (folder / "recipe.yaml").read_text())

@@ -114,7 +114,7 @@ class LoraSpec(Spec):
     """Scale of the adapter's output; the factor applied is alpha / rank, and alpha / sqrt(rank) for rslora."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Linear layers that get an adapter: all of them, or a list of module names."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora keeps the size of an adapter's output as its rank grows; dora trains the lengths of the weights' rows apart

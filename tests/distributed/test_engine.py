@@ -257,7 +257,7 @@ class Worker:
     def stepping(self, recipe: Recipe, folder: str, engine) -> Iterator[Callable[[int], dict[str, float]]]:
         """Takes one of the steps as the loop does, and gives its metrics."""
         from burnish.train import loop, worker
-        from burnish.train.model import pack_cost
+        from burnish.train.architecture import pack_cost
         from burnish.train.objective import Objective
         from burnish.train.throughput import Meter
 

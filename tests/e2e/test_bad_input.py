@@ -165,20 +165,24 @@ def test_more_workers_than_the_cluster_can_place(cluster, command):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(cluster, command, capsys, tmp_path, monkeypatch):
-    code, said = command("data.max_length=20000000")
+    folder = write_model(tmp_path / "long")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20_000_000}))
+    long = (f"model.path={folder}", "data.max_length=20000000")
+    code, said = command(*long)
     words = "does not fit: each of 1 workers has "
     assert code == 2 and words in said and "with packs of 20,000,000 tokens. Write " in said, said
     assert not (tmp_path / "runs" / "small" / "ledger.jsonl").exists(), "nothing was trained"
-    code, said = command("data.max_length=20000000")
+    code, said = command(*long)
     assert code == 2 and words in said and "nothing was started" in said, "a retry holds no GPU"
     path = tmp_path / "recipe.yaml"
-    assert main(["plan", str(path), "data.max_length=20000000", "--json"]) == 2
+    assert main(["plan", str(path), *long, "--json"]) == 2
     captured = capsys.readouterr()
     plan = json.loads(captured.out)
     assert words in captured.err and words in plan["misfit"] and plan["memory"] is plan["seconds"] is None
     assert plan["rows"] == 40, "what can be counted is"
     monkeypatch.setattr("burnish.plan.plan", lambda recipe: plan)  # the same once more, as a table
-    assert main(["plan", str(path), "data.max_length=20000000"]) == 2
+    assert main(["plan", str(path), *long]) == 2
     assert "memory a worker" in (shown := capsys.readouterr().out) and "does not fit" in shown
 
 

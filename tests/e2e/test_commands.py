@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.cli import main
@@ -111,7 +114,9 @@ def test_a_model_of_ones_own_is_trained_exported_and_answers(
 
     code, again, _ = run(capsys, "train", path)
     assert (code, json.loads(again)) == (0, result), "a finished run is not trained again"
-    check_export(capsys, folder, base, bool(lora), 1e-4 if dtype == "float32" else 5e-2)
+    exported = check_export(capsys, folder, base, bool(lora), 1e-4 if dtype == "float32" else 5e-2)
+    measured = loss_of(capsys, exported, path, held_out)
+    assert measured == pytest.approx(losses[best], rel=1e-5 if dtype == "float32" else 1e-2), "of each trained token alike"
     assert json.loads((folder / "export/export.json").read_text())["step"] == best
     if dtype == "float32":
         asked = [line for line in generated if line["step"] == best]
@@ -129,8 +134,23 @@ def answer_of(line: dict, base: Path) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: float) -> None:
-    """The exports load in plain transformers (and peft), answer alike, and carry the template byte for byte."""
+def loss_of(capsys, model, recipe: Path, rows: Path) -> float:
+    """The mean loss of a plain model over the trained tokens of rows, each sample alone."""
+    code, out, err = run(capsys, "preview", recipe, f"data.train=[{{path: {rows}}}]", "data.eval=[]", "train.eval_every_steps=null",
+                         "checkpoint.best=null", "--json")  # fmt: skip
+    assert code == 0, err
+    total = count = 0
+    for sample in (sample for line in out.splitlines() for sample in json.loads(line)["samples"]):
+        labels = torch.tensor(sample["labels"][1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([sample["input_ids"]])).logits[0, :-1].float()
+        total += cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: float) -> nn.Module:
+    """The exports load in plain transformers (and peft), answer alike, and carry the template byte for byte; the model."""
     code, out, err = run(capsys, "export", folder)
     assert code == 0, err
     exported = Path(out.strip())
@@ -165,6 +185,7 @@ def check_export(capsys, folder: Path, base: Path, adapter: bool, tolerance: flo
     first, second = answer.removesuffix("\n").split("\n") if answer.count("\n") == 2 else (None, None)
     assert code == 0 and first == second
     assert run(capsys, "export", folder)[1].strip() == str(exported), "the same export again is left as it is"
+    return loaded
 
 
 @pytest.mark.soak
@@ -233,13 +254,22 @@ def test_dry_run_prints_the_whole_recipe_and_doctor_finds_the_stack(capsys, reci
     assert code == 0 and "deepspeed" in out and "ready to train" in out
 
 
+def table_of(client, run_id: str, name: str) -> list[dict]:
+    """The rows of a table among a run's artifacts."""
+    table = json.loads(Path(client.download_artifacts(run_id, name)).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
 def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothing(cluster, capsys, tmp_path, recipe_file):
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     rows = write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)] + [{"messages": []}])
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(i) for i in range(40, 44)])
     path = recipe_file(
-        tracking={"uri": uri}, train={"epochs": 3, "max_steps": 4}, data={"train": [{"path": str(rows)}], "max_refused": 0.1}
+        tracking={"uri": uri},
+        train={"epochs": 3, "max_steps": 4, "eval_every_steps": 3, "generations": 1, "generation_tokens": 4},
+        data={"train": [{"path": str(rows)}], "eval": [{"path": str(held_out)}], "max_refused": 0.1},
     )
     code, out, err = run(capsys, "train", path)
     assert code == 0, err
@@ -255,9 +285,18 @@ def test_mlflow_holds_recipe_metrics_template_and_data_and_an_outage_stops_nothi
     assert found.data.tags["contract.sha256"] == whole
     assert found.data.metrics["data/refused/bad-row"] == 1
     assert {file.path for file in client.list_artifacts(result["run_id"])} == {
-        "recipe.yaml", "contract.json", "chat_template.jinja", "report.html",
+        "recipe.yaml", "contract.json", "chat_template.jinja", "report.html", "evaluations.json", "generations.json",
     }  # fmt: skip
-    assert len(found.inputs.dataset_inputs) == 1
+    assert len(found.inputs.dataset_inputs) == 2
+    evaluated = client.get_metric_history(result["run_id"], "eval/loss")
+    assert [each.step for each in evaluated] == [3, 4]
+    table = table_of(client, result["run_id"], "evaluations.json")
+    assert [line["step"] for line in table] == [3, 4]
+    assert [line["eval/loss"] for line in table] == pytest.approx([each.value for each in evaluated])
+    assert all(line["eval/perplexity"] == pytest.approx(math.exp(line["eval/loss"])) for line in table)
+    answers = table_of(client, result["run_id"], "generations.json")
+    assert [(line["step"], line["row"]) for line in answers] == [(step, f"{held_out}#0") for step in (0, 3, 4)]
+    assert all(line["answer"] and line["prompt"] and line["reference"] for line in answers)
     ledger = [json.loads(line) for line in (tmp_path / "runs/small/ledger.jsonl").read_text().splitlines()]
     losses = client.get_metric_history(result["run_id"], "train/loss")
     assert [(metric.step, metric.value) for metric in losses] == [(line["step"], line["loss"]) for line in ledger]

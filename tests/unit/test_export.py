@@ -38,7 +38,7 @@ def trained(make_recipe, tmp_path):
         for name, keys in (beside or {}).items():
             known = json.loads((base / name).read_text()) if (base / name).exists() else {}
             (base / name).write_text(json.dumps({**known, **keys}))
-        recipe = make_recipe(model={"path": str(base), "revision": revision}, **sections)
+        recipe = make_recipe(model={"path": str(base), "revision": revision, **sections.pop("model", {})}, **sections)
         folder = Path(recipe.run_place())
         make_run_folder(folder)
         prepared = prepare(recipe)
@@ -187,6 +187,49 @@ def test_an_adapter_that_was_not_merged_is_not_exported_as_merged(trained, tmp_p
     with pytest.raises(BurnishError, match=r"logits of \d+ tokens differ by"):
         export(str(run), tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_a_tensor_that_is_empty_or_no_number_is_not_exported_and_nothing_stays(trained, tmp_path, monkeypatch, value):
+    def spoiled(tensors, *more, **other) -> None:
+        name = sorted(tensors)[0]
+        save_file({**tensors, name: torch.empty(0) if value is None else tensors[name] * value}, *more, **other)
+
+    run = trained(lora={"rank": 4})
+    monkeypatch.setattr(module, "save_file", spoiled)
+    with pytest.raises(BurnishError, match="is empty or not finite; the export is not good"):
+        export(str(run), tmp_path / "out")
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_what_stands_in_the_folder_is_left_alone(trained, tmp_path):
+    run, folder = trained(lora={"rank": 4}), tmp_path / "out"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"exists and is no export, not step 3 .*name another folder"):
+        export(str(run), folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_an_export_of_an_earlier_run_of_that_name_is_no_export_of_this_one(trained, tmp_path):
+    run = trained(lora={"rank": 4})
+    folder = export(str(run), tmp_path / "out")
+    shutil.rmtree(run)
+    shutil.rmtree(tmp_path / "base")
+    again = trained(lora={"rank": 4}, tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    assert again == run
+    write_json(run / "mlflow.json", {"run_id": "0" * 32})
+    with pytest.raises(RecipeError, match=r"step 3 of run 'small' \(\w{8}\), .* not step 3 of run 'small' \(\w{8}\)"):
+        export(str(run), folder)
+    with pytest.raises(RecipeError, match="is no export of"):
+        register(str(run), folder, "smith", "candidate")
+
+
+def test_an_adapter_that_merging_would_round_away_is_not_merged(trained, tmp_path):
+    run = trained(lora={"rank": 4, "alpha": 1e-3}, model={"dtype": "bfloat16"})
+    with pytest.raises(BurnishError, match=r"--merge: .* rounded to bfloat16 lose \d+% of what the adapter changes"):
+        export(str(run), tmp_path / "merged", merge=True)
+    assert export(str(run), tmp_path / "adapter").exists()
 
 
 def test_a_base_that_is_another_than_the_adapters_is_refused(trained, tmp_path):

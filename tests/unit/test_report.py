@@ -1,14 +1,19 @@
 """A run's report: what its folder holds, at any time of the run, and no text of the data but as text."""
 
+import datetime
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 from burnish.cli import main
+from burnish.config import load
 from burnish.data.order import Cursor, StepMeta
+from burnish.report import page
 from burnish.train.home import Home
 from burnish.train.ledger import Ledger
 from burnish.train.prepare import make_run_folder, prepare, write_run_folder
+from tests.conftest import CHATML
 
 
 def run_folder(make_recipe, refusals=()):
@@ -72,6 +77,27 @@ def test_a_folder_that_is_no_run_or_lacks_its_contract_is_named(make_recipe, tmp
     (folder / "contract.json").write_text("{}")
     assert main(["report", str(folder)]) == 3
     assert "is no contract that this version reads" in capsys.readouterr().err and not (folder / "report.html").exists()
+
+
+def test_the_command_that_repeats_a_run_names_its_day_and_is_a_recipe(make_recipe, tmp_path):
+    def command(text, name: str, place: str | None = None) -> list[str]:
+        template = tmp_path / "template.jinja"
+        template.write_text(text)
+        recipe = make_recipe(name=name, template={"path": str(template)})
+        folder = Path(recipe.run_place())
+        make_run_folder(folder)
+        write_run_folder(prepare(recipe), Home(folder))
+        if place is not None:
+            text = (folder / "recipe.yaml").read_text()
+            (folder / "recipe.yaml").write_text(text.replace(f"storage: {folder.parent}", f"storage: {place}"))
+        return unescape(re.search("<h2>Again</h2>.*?<pre>(.*?)</pre>", page(folder), re.S)[1]).split()
+
+    dated = command("{{- strftime_now('%Y-%m-%d') }}" + CHATML, "dated")
+    assert dated[-1] == f"template.date={datetime.date.today()}"
+    long = command(CHATML, "a" * 47)
+    assert long[3] == f"name={'a' * 41}-again" and len(long) == 4
+    load(long[2], long[3:])
+    assert command(CHATML, "remote", "s3://bucket/runs")[2] == "recipe.yaml"
 
 
 def test_a_run_that_trained_nothing_yet_has_a_report(make_recipe):

@@ -20,19 +20,10 @@ from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.train import attention, elementwise, kernel_choice, quantized
 from burnish.train.adapters import with_adapters
+from burnish.train.architecture import attention_dropout, configuration, head_widths, text_configuration
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
-from burnish.train.model import (
-    attention_dropout,
-    check_class,
-    check_finite,
-    configuration,
-    head_widths,
-    load_weights,
-    recompute,
-    shapes,
-    text_configuration,
-)
+from burnish.train.model import check_class, check_finite, load_weights, recompute, shapes
 from burnish.train.shards import Shards
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from burnish import storage
 from burnish.config import Recipe
 from burnish.data.order import StepMeta
 from burnish.errors import BurnishError, DataError, InfrastructureError, OutOfMemory, TrainingError
-from burnish.train.model import unembedded
+from burnish.train.architecture import unembedded
 
 _FEWEST_TOKENS = 64
 """Trained tokens below which the loss of a step may be anything."""

@@ -22,8 +22,9 @@ from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import BurnishError, DoesNotFit, RecipeError, one_line
 from burnish.train import elementwise, kernels
 from burnish.train.adapters import with_adapters
-from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose
-from burnish.train.model import configuration, recompute
+from burnish.train.architecture import configuration
+from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose, fastest, why
+from burnish.train.model import recompute
 from burnish.train.objective import Objective
 from burnish.train.quantized import saved_bytes
 from burnish.train.shards import blocks
@@ -47,9 +48,9 @@ def agree(recipe: Recipe, cuda: bool, local_workers: int) -> tuple[Recipe, Footp
     dist.all_reduce(least, dist.ReduceOp.MIN)
     room = Room(int(least[0]), None if own.host is None else int(least[1]))
     refusal: RecipeError | None = None
-    decided, needed = recipe, None
+    decided, needed, reason = recipe, None, None
     try:
-        decided, needed = lay_out(recipe, room, dist.get_world_size())
+        decided, needed, reason = lay_out(recipe, room, dist.get_world_size())
     except RecipeError as error:
         refusal = error
     # A worker that could not tell takes a more frugal layout than the others, which then take it, too.
@@ -59,11 +60,15 @@ def agree(recipe: Recipe, cuda: bool, local_workers: int) -> tuple[Recipe, Footp
     refused, stage, recomputes = most.tolist()
     if refused:
         raise refusal or DoesNotFit(f"model.path: {recipe.model.path} does not fit on another worker")
-    return Layout(stage, bool(recomputes)).of(recipe), needed
+    layout = Layout(stage, bool(recomputes))
+    if dist.get_rank() == 0 and layout != fastest(recipe, dist.get_world_size()):
+        said = reason if layout.of(recipe) == decided else None  # else a worker that could not tell decided
+        logger.warning("a slower layout than the recipe leaves open is taken: %s", said or layout)
+    return layout.of(recipe), needed
 
 
-def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footprint | None]:
-    """The recipe with its layout decided for workers with so much room each, and what it will need at most.
+def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footprint | None, str | None]:
+    """The recipe with its layout decided for workers with so much room each, what it will need at most, and why it is that.
 
     A run that may go on with fewer workers must fit on those, too. A model that cannot be measured is recomputed on a GPU
     and shared out, which is slow and fits most often; then nothing is said of what it needs. Raises RecipeError where the
@@ -80,10 +85,10 @@ def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footp
             (3 if num_workers > 1 and recipe.model.quantize is None else 2) if stage == "auto" else stage,
             torch.cuda.is_available() if recomputes == "auto" else recomputes,
         )
-        return cautious.of(recipe), None
+        return cautious.of(recipe), None, None
     choose(recipe, sizes, room, recipe.widths()[-1])
     layout, needed = choose(recipe, sizes, room, num_workers)
-    return layout.of(recipe), needed
+    return layout.of(recipe), needed, why(recipe, sizes, room, num_workers, layout)
 
 
 def room_of(cuda: bool, local_workers: int) -> Room:

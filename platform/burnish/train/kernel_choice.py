@@ -15,6 +15,7 @@ from torch import nn
 
 from burnish.config import Recipe
 from burnish.errors import RecipeError, one_line
+from burnish.train.architecture import layer_widths
 from burnish.train.kernels import (
     ACTIVATIONS,
     NORMS,
@@ -28,7 +29,6 @@ from burnish.train.kernels import (
     plain,
     probe,
 )
-from burnish.train.model import layer_widths
 
 _CHECKED = 37
 """Rows that are compared with torch's own."""

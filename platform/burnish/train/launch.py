@@ -107,7 +107,10 @@ def _train(prepared: Prepared, home: Home, watch: Watch | None, callbacks: tuple
 
 
 def _illustrate(recipe: Recipe, run_id: str | None, folder: Path) -> None:
-    """Writes the report, and adds it and the answers to held-out questions to the run in MLflow."""
+    """Writes the report, and adds it, all evaluations and the answers to held-out questions to the run in MLflow."""
+    columns = ("step", "eval/loss", "eval/perplexity")
+    measured = [line for line in lines(folder / "metrics.jsonl") if "eval/loss" in line]
+    tracking.add_table(recipe, run_id, "evaluations.json", [{key: line[key] for key in columns} for line in measured])
     tracking.add_table(recipe, run_id, "generations.json", list(lines(folder / "generations.jsonl")))
     try:
         tracking.add_file(recipe, run_id, report(folder))

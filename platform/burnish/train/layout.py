@@ -26,6 +26,10 @@ class Layout:
     zero_stage: int
     activation_checkpointing: bool
 
+    def __str__(self) -> str:
+        """In words, as "ZeRO-3, activations kept"."""
+        return f"ZeRO-{self.zero_stage}, activations {'recomputed' if self.activation_checkpointing else 'kept'}"
+
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with nothing of its layout left open."""
         engine = recipe.engine.model_copy(update={"zero_stage": self.zero_stage})
@@ -137,6 +141,19 @@ def choose(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> tuple[
     )
 
 
+def why(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int, chosen: Layout) -> str:
+    """Why this layout was chosen, in words: what of the recipe was open, and what faster ones would need."""
+    every = _open(recipe, num_workers)
+    if len(every) == 1:
+        return f"{chosen}: as the recipe says"
+    faster = every[: every.index(chosen)]
+    if not faster:
+        return f"{chosen}: the fastest that the recipe leaves open, and it fits"
+    offloads = _offloads(recipe, room)
+    needs = [f"{each} would need {footprint(sizes, each, num_workers, offloads).total / 1e9:.2f} GB" for each in faster]
+    return f"{chosen}: each worker has {USABLE * room.device / 1e9:.2f} GB to plan with, and {', '.join(needs)}"
+
+
 def tighter(recipe: Recipe, tried: Layout, num_workers: int) -> Recipe | None:
     """The recipe without the layouts that need no less memory than one that ran out of it; None where none is left."""
     stage = recipe.engine.zero_stage
@@ -145,6 +162,11 @@ def tighter(recipe: Recipe, tried: Layout, num_workers: int) -> Recipe | None:
     if recipe.model.activation_checkpointing == "auto" and not tried.activation_checkpointing:
         return Layout(tried.zero_stage if stage == "auto" else stage, True).of(recipe)
     return None
+
+
+def fastest(recipe: Recipe, num_workers: int) -> Layout:
+    """The layout that would be chosen if memory were no matter."""
+    return _open(recipe, num_workers)[0]
 
 
 def _offloads(recipe: Recipe, room: Room) -> bool:

@@ -18,6 +18,7 @@ from burnish.data.stages import Teller
 from burnish.errors import DataError, TrainingError
 from burnish.train import checkpoint, self_test
 from burnish.train import engine as ds
+from burnish.train.architecture import pack_cost
 from burnish.train.attempt import SAVE_FILE, STOP_FILE, Attempt, Progress, Wish
 from burnish.train.batches import Batch, batches
 from burnish.train.build import build_model
@@ -26,7 +27,6 @@ from burnish.train.failure import check_loss, check_tokens, memory_advice
 from burnish.train.footprint import agree
 from burnish.train.home import Home
 from burnish.train.layout import Footprint
-from burnish.train.model import pack_cost
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.state import State, load_optimizer

@@ -1,4 +1,4 @@
-"""The model of a recipe: its folder checked, its cost, its weights, with adapters where the recipe has them."""
+"""The model of a recipe: its folder checked, its weights loaded and checked."""
 
 import hashlib
 import json
@@ -7,16 +7,13 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
-from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from burnish.config import Recipe
-from burnish.data.balance import Cost
 from burnish.errors import RecipeError, one_line
 from burnish.train.adapters import check_adapters
+from burnish.train.architecture import configuration, longest_apart, positions, text_configuration
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +44,19 @@ def check_model(recipe: Recipe) -> None:
         _check_files(path)
         if recipe.lora is not None:
             check_adapters(recipe.lora, shapes(path), recipe.model.quantize)
+    _check_architecture(recipe, path)
+
+
+def _check_architecture(recipe: Recipe, path: Path) -> None:
+    """Raises RecipeError unless a model's configuration is one that packed attention keeps samples apart in."""
     config = text_configuration(recipe)
+    quantised = getattr(configuration(recipe), "quantization_config", None)
+    if quantised is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise RecipeError(
+            f"model.path: {path} is quantised already ({kind}), and such weights cannot be trained; name the model that it "
+            "was made from, and where memory is short write model.quantize: nf4"
+        )
     layers = set(getattr(config, "layer_types", None) or ()) - _ISOLATED_LAYERS
     if layers:
         raise RecipeError(
@@ -58,36 +67,30 @@ def check_model(recipe: Recipe) -> None:
     sinks = path.is_dir() and any(name.endswith(".sinks") for name in shapes(path))
     if sinks or config.model_type == "gpt_oss":
         raise RecipeError(f"model.path: {path} uses attention sinks, which packed attention does not support")
+    _check_length(recipe, config, path)
+
+
+def _check_length(recipe: Recipe, config: Any, path: Path) -> None:
+    """Raises RecipeError where a sample may be longer than the model can take, or be packed."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if config.model_type in _WINDOW_BY_MASK and window and recipe.data.max_length > window:
         raise RecipeError(
             f"data.max_length: {recipe.data.max_length} is more than the window of {window} tokens that {path} keeps by a "
             f"mask alone, which packed attention does not read; write data.max_length: {window}"
         )
-    longest = _longest_apart(config)
+    longest = longest_apart(config)
     if longest is not None and recipe.data.max_length > longest:
         raise RecipeError(
             f"data.max_length: {recipe.data.max_length} is more than the {longest} positions beyond which {path} turns all "
             f"samples of a pack otherwise, by its longest one, so that they would change each other; write "
             f"data.max_length: {longest}"
         )
-
-
-def _longest_apart(config: Any) -> int | None:
-    """The longest sample with which rotary positions of others in its pack stay as they are; None where any is.
-
-    transformers chooses the frequencies of these two kinds by the largest position of the whole row
-    (`modeling_rope_utils.dynamic_rope_update`).
-    """
-    ropes = getattr(config, "rope_parameters", None) or {}
-    found = []
-    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
-        kind = str(rope.get("rope_type", ""))
-        if "dynamic" in kind:
-            found.append(int(config.max_position_embeddings))
-        elif kind == "longrope":
-            found.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
-    return min(found, default=None)
+    most = positions(config)
+    if most is not None and recipe.data.max_length > most:
+        raise RecipeError(
+            f"data.max_length: {recipe.data.max_length} is more than the {most} positions that {path} knows; write "
+            f"data.max_length: {most}, or, to teach it longer ones, max_position_embeddings in its config.json"
+        )
 
 
 def _check_files(folder: Path) -> None:
@@ -159,95 +162,6 @@ def newest_commit(path: str) -> str:
     return Path(hf_hub_download(path, "config.json")).parent.name
 
 
-def embedded_tokens(recipe: Recipe) -> int:
-    """How many tokens the model has embeddings of; ids lie below."""
-    return int(text_configuration(recipe).vocab_size)
-
-
-def unembedded(input_ids: NDArray[np.int32], embedded: int) -> int | None:
-    """One of these tokens that a model with embeddings of so many does not have, or None."""
-    largest = int(input_ids.max(initial=-1))
-    return largest if largest >= embedded else None
-
-
-def pack_cost(recipe: Recipe) -> Cost:
-    """The time of a pack for this model, in floating-point operations of the forward and backward pass."""
-    return cost(text_configuration(recipe), adapters=recipe.lora is not None)
-
-
-def cost(config: Any, adapters: bool) -> Cost:
-    """The time of a pack for a model with this text configuration.
-
-    A token costs 6 operations for each matrix weight, 4 where only `adapters` are trained, since the gradients of the
-    weights are not computed; attention costs 2 * layers * width for each pair of tokens, three times over (PaLM, arXiv
-    2204.02311, appendix B; half of the pairs, since attention is causal).
-    """
-    layers = list(enumerate(_layers(config)))
-    matrices = sum(_matrices(layer, index) for index, layer in layers)
-    matrices += _number(layers[0][1], 0, "hidden_size", 1024) * _number(layers[0][1], 0, "vocab_size", 0)
-    kinds = list(getattr(config, "layer_types", None) or [])
-    return Cost(
-        per_token=float((4 if adapters else 6) * matrices),
-        per_pair=float(3 * sum(_number(each, i, "num_attention_heads", 16) * sum(_widths(each, i)) for i, each in layers)),
-        sliding=kinds.count("sliding_attention") / len(kinds) if kinds else 0.0,
-        window=max(_number(each, i, "sliding_window", 1) for i, each in layers),
-    )
-
-
-def _matrices(layer: Any, index: int) -> int:
-    """Matrix weights that a token meets in a layer."""
-    width, heads = _number(layer, index, "hidden_size", 1024), _number(layer, index, "num_attention_heads", 16)
-    kv_heads = _number(layer, index, "num_key_value_heads", heads)
-    experts = _number(layer, index, "num_experts_per_tok", 1)
-    inner = _number(layer, index, "moe_intermediate_size", _number(layer, index, "intermediate_size", 4 * width))
-    query, value = _widths(layer, index)
-    rank, kv_rank = _number(layer, index, "q_lora_rank", 0), _number(layer, index, "kv_lora_rank", 0)
-    to_query = rank * (width + heads * query) if rank else width * heads * query
-    to_kv = kv_rank * (width + heads * (query + value)) if kv_rank else width * kv_heads * (query + value)
-    return to_query + to_kv + width * (heads * value + 3 * experts * inner)
-
-
-def head_widths(config: Any) -> frozenset[tuple[int, int]]:
-    """Widths of the attention heads of all layers: of queries and keys, and of values.
-
-    Layers of Gemma 4 differ, and so do queries and values in multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
-    """
-    return frozenset(_widths(layer, index) for index, layer in enumerate(_layers(config)))
-
-
-def layer_widths(config: Any) -> tuple[int, int]:
-    """The widths of hidden states and of the widest layer within."""
-    layers = list(enumerate(_layers(config)))
-    width = max(_number(layer, index, "hidden_size", 1024) for index, layer in layers)
-    return width, max(_number(layer, index, "intermediate_size", 4 * width) for index, layer in layers)
-
-
-def attention_dropout(config: Any) -> float:
-    """The largest dropout of attention scores in any layer."""
-    return max(float(getattr(layer, "attention_dropout", 0.0) or 0.0) for layer in _layers(config))
-
-
-def _widths(layer: Any, index: int) -> tuple[int, int]:
-    plain = _number(layer, index, "hidden_size", 1024) // _number(layer, index, "num_attention_heads", 16)
-    query = _number(layer, index, "head_dim", plain)
-    if getattr(layer, "qk_nope_head_dim", None) is not None:  # latent attention: there head_dim is the part that is rotated
-        query = _number(layer, index, "qk_nope_head_dim", 0) + _number(layer, index, "qk_rope_head_dim", 0)
-    return query, _number(layer, index, "v_head_dim", query)
-
-
-def _layers(config: Any) -> list[Any]:
-    """The configuration of each layer; that of the whole model raises when it is asked for what differs by layer."""
-    if getattr(config, "is_heterogeneous", False):
-        return list(config.per_layer_config)
-    return [config] * _number(config, 0, "num_hidden_layers", 24)
-
-
-def _number(layer: Any, index: int, name: str, default: int) -> int:
-    """A number of a layer, or the default; some configurations list one for each layer."""
-    value = getattr(layer, name, None)
-    return int((value[index % len(value)] if isinstance(value, list) else value) or default)
-
-
 def load_weights(recipe: Recipe, **options: Any) -> Any:
     """The base model in the recipe's dtype, its weights from safetensors alone: a pickle can run code when it is read.
 
@@ -266,19 +180,40 @@ def load_weights(recipe: Recipe, **options: Any) -> Any:
             use_safetensors=True,
             dtype=getattr(torch, recipe.model.dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_loaded` names them
             **options,
         )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
+    if "quantization_config" in options:
+        _check_files_finite(recipe)
     check_loaded(model, found, f"model.path: {recipe.model.path}")
     return model
 
 
+def _check_files_finite(recipe: Recipe) -> None:
+    """Raises RecipeError where a weight in a model's files is no number; in fewer bits that no longer shows."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    path = recipe.located().model.path
+    config = cached_file(path, "config.json", revision=recipe.model.revision)
+    for file in sorted(Path(str(config)).parent.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # safe_open is no mapping
+                check_finite(weights.get_tensor(name), name, f"model.path: {path}")
+
+
 def check_loaded(model: Any, found: dict[str, Any], place: str) -> None:
-    """Raises RecipeError where a weight was in none of the files, so that it is random, or is no number.
+    """Raises RecipeError where a weight was in none of the files or has another shape there, so that it is random, or is no
+    number.
 
     `found` is what transformers says of the loading.
     """
+    for name, shape, wanted in sorted(found["mismatched_keys"]):
+        raise RecipeError(
+            f"{place} has {name} of shape {list(shape)}, where its config.json asks for {list(wanted)}; copy it again, whole"
+        )
     if found["missing_keys"]:
         names = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(
@@ -325,20 +260,3 @@ def check_class(recipe: Recipe, config: Any) -> None:
         raise RecipeError(
             f"model.path: {recipe.model.path} is a {found.__name__}, which {why}, so packed samples would leak"
         )
-
-
-def configuration(recipe: Recipe) -> Any:
-    """The configuration of the recipe's model. Raises RecipeError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise RecipeError(recipe.model.unloadable(error)) from None
-
-
-def text_configuration(recipe: Recipe) -> Any:
-    """The part of the configuration that is of text; raises RecipeError where there are several."""
-    config = configuration(recipe)
-    try:
-        return config.get_text_config()
-    except ValueError:
-        raise RecipeError(f"model.path: {recipe.model.path} has several text models; name a model with one") from None

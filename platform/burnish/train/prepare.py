@@ -25,10 +25,11 @@ from burnish.data.tokenizer import load_template, trained_token_ids
 from burnish.errors import DataError, InfrastructureError, RecipeError
 from burnish.sections import SourceSpec
 from burnish.tracking import DELIVERED
+from burnish.train.architecture import embedded_tokens, pack_cost, unembedded
 from burnish.train.attempt import STOP_FILE
 from burnish.train.home import Home
 from burnish.train.ledger import check_refused, replace_text
-from burnish.train.model import check_model, embedded_tokens, model_digest, newest_commit, pack_cost, unembedded
+from burnish.train.model import check_model, model_digest, newest_commit
 from burnish.train.quantized import check_quantized
 
 CONTRACT_ROWS = 64

@@ -17,10 +17,11 @@ from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import one_line
 from burnish.train import attention, elementwise, kernel_choice
 from burnish.train.adapters import with_adapters
+from burnish.train.architecture import attention_dropout, configuration, head_widths, pack_cost
 from burnish.train.footprint import lay_out, room_of
 from burnish.train.layout import Footprint, Room
 from burnish.train.lora_linear import fuse
-from burnish.train.model import attention_dropout, configuration, head_widths, pack_cost, recompute
+from burnish.train.model import recompute
 from burnish.train.objective import Objective
 
 _SAMPLES = 4
@@ -35,16 +36,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one worker's device is, the recipe with its layout decided there, what it will need, and how fast it computes.
+    """What one worker's device is, the recipe with its layout decided there, why, what it needs, and how fast it computes.
 
-    `flops_per_second` are those that the model itself needs (`train/model.py:cost`), forward and backward; the collectives
-    between workers and the optimizer's step are not in it. `room`, `needed` and that are None where they cannot be told.
+    `flops_per_second` are those that the model itself needs (`train/architecture.py:cost`), forward and backward; the
+    collectives between workers and the optimizer's step are not in it. `room`, `needed`, `reason` and that are None where
+    they cannot be told.
     """
 
     device: str
     room: Room | None
     recipe: Recipe
     needed: Footprint | None
+    reason: str | None
     flops_per_second: float | None
 
 
@@ -54,7 +57,7 @@ def rehearse(recipe: Recipe, cuda: bool, num_workers: int, local_workers: int) -
     One and two layers with random weights are timed, and what the second one adds counts for each of the others.
     """
     room = room_of(cuda, local_workers)
-    recipe, needed = lay_out(recipe, room, num_workers)
+    recipe, needed, reason = lay_out(recipe, room, num_workers)
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     try:
@@ -62,7 +65,7 @@ def rehearse(recipe: Recipe, cuda: bool, num_workers: int, local_workers: int) -
     except Exception as error:  # any code of any model runs here
         logger.warning("the time of %s cannot be told: %s", recipe.model.path, one_line(error))
         rate = None
-    return Rehearsal(name, room, recipe, needed, rate)
+    return Rehearsal(name, room, recipe, needed, reason, rate)
 
 
 def _flops_per_second(recipe: Recipe, device: torch.device) -> float | None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from burnish.errors import RecipeError
 from burnish.train import kernel_choice, kernels
+from burnish.train.architecture import layer_widths
 from burnish.train.elementwise import fuse, replaceable
 from burnish.train.kernel_choice import Work, check, choose, fastest
 from burnish.train.kernels import ACTIVATIONS, NORMS, Kernels, compiled, plain
-from burnish.train.model import layer_widths
 
 CPU = torch.device("cpu")
 SHAPE = {

@@ -8,7 +8,7 @@ from transformers import GemmaConfig, LlamaConfig, Qwen3MoeConfig
 
 from burnish.errors import RecipeError
 from burnish.train import footprint as measured
-from burnish.train.layout import USABLE, Footprint, Layout, Room, Sizes, choose, footprint, tighter
+from burnish.train.layout import USABLE, Footprint, Layout, Room, Sizes, choose, footprint, tighter, why
 from burnish.train.model import decoder_layers
 from burnish.train.shards import blocks
 
@@ -66,6 +66,26 @@ def test_the_fastest_layout_that_fits_is_chosen(open_recipe, sizes, capacity, wo
     assert recipe == open_recipe(
         lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 16}, scale={"num_workers": workers}
     )
+
+
+def test_why_a_layout_was_chosen_is_said(open_recipe):
+    recipe = open_recipe(
+        lora={"rank": 16}, engine={"zero_stage": "auto"}, train={"global_batch_size": 4}, scale={"num_workers": 4}
+    )
+
+    def said(capacity: int) -> str:
+        room = Room(capacity, 500 * GB)
+        return why(recipe, LLAMA_8B, room, 4, choose(recipe, LLAMA_8B, room, 4)[0])
+
+    assert said(141 * GB) == "ZeRO-2, activations kept: the fastest that the recipe leaves open, and it fits"
+    first = footprint(LLAMA_8B, Layout(2, False), 4, False).total
+    room = int(first / USABLE) - 1
+    assert said(room).startswith(
+        f"ZeRO-3, activations kept: each worker has {USABLE * room / 1e9:.2f} GB to plan with, and ZeRO-2, activations kept "
+        f"would need {first / 1e9:.2f} GB"
+    )
+    fixed = open_recipe(engine={"zero_stage": 0}, model={"activation_checkpointing": True})
+    assert why(fixed, LLAMA_8B, Room(GB), 2, Layout(0, True)) == "ZeRO-0, activations recomputed: as the recipe says"
 
 
 def test_what_a_recipe_says_is_kept(open_recipe):
@@ -234,8 +254,13 @@ def test_a_model_that_cannot_be_measured_is_laid_out_cautiously(open_recipe, mon
         raise NotImplementedError("an operation without shapes")
 
     monkeypatch.setattr(measured, "measure", broken)
-    recipe, needed = measured.lay_out(open_recipe(engine={"zero_stage": "auto"}), Room(10 * GB), 2)
-    assert needed is None and recipe.engine.stage() == 3 and recipe.model.recomputes() is torch.cuda.is_available()
+    recipe, needed, reason = measured.lay_out(open_recipe(engine={"zero_stage": "auto"}), Room(10 * GB), 2)
+    assert (
+        needed is None
+        and reason is None
+        and recipe.engine.stage() == 3
+        and recipe.model.recomputes() is torch.cuda.is_available()
+    )
     assert "an operation without shapes" in caplog.text
     quantised = open_recipe(engine={"zero_stage": "auto"}, model={"quantize": "nf4"}, lora={"rank": 2})
     assert measured.lay_out(quantised, Room(10 * GB), 2)[0].engine.stage() == 2

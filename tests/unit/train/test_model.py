@@ -19,9 +19,10 @@ from burnish.data.contract import Contract
 from burnish.data.tokenizer import load_template
 from burnish.errors import DataError, RecipeError
 from burnish.preview import rows
+from burnish.train.architecture import cost, head_widths, pack_cost
 from burnish.train.attention import SDPA
 from burnish.train.build import build_model
-from burnish.train.model import check_model, cost, head_widths, load_weights, pack_cost, shapes
+from burnish.train.model import check_model, load_weights, shapes
 from burnish.verify import verify
 from tests.conftest import ROOT, write_model
 from tests.unit.test_config import SMALL
@@ -242,12 +243,54 @@ def test_a_model_that_turns_all_samples_of_a_pack_by_its_longest_is_trained_on_s
     if rope is not None:
         config["rope_parameters"] = rope
     (folder / "config.json").write_text(json.dumps(config))
-    check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest or 4096}))
+    check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest or 256}))
     if longest is not None:
         with pytest.raises(
             RecipeError, match=rf"data.max_length: {longest + 8} is more .*write data.max_length: {longest}$"
         ):
             check_model(make_recipe(model={"path": str(folder)}, data={"max_length": longest + 8}))
+
+
+@pytest.mark.parametrize(
+    ("rope", "known"),
+    [
+        (None, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}, 512),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 512),
+    ],
+)
+def test_samples_longer_than_the_model_has_positions_are_refused(make_recipe, model_folder, tmp_path, rope, known):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **({"rope_parameters": rope} if rope else {})}))
+    check_model(make_recipe(model={"path": str(folder)}, data={"max_length": known}))
+    words = rf"max_length: {known + 8} is more than the {known} positions that .*write data.max_length: {known}"
+    with pytest.raises(RecipeError, match=words):
+        check_model(make_recipe(model={"path": str(folder)}, data={"max_length": known + 8}))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_model_that_is_quantised_already_is_refused(make_recipe, model_folder, tmp_path, lora):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"is quantised already \(bitsandbytes\).*write model.quantize: nf4"):
+        check_model(make_recipe(model={"path": str(folder)}, lora=lora))
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_named(make_recipe, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(
+        RecipeError,
+        match=r"has model\.layers\.0\.mlp\.down_proj\.weight of shape \[32, 48\], where its .* asks for \[32, 40\]",
+    ):
+        load_weights(make_recipe(model={"path": str(folder)}))
 
 
 @pytest.mark.parametrize("config", ["PhimoeConfig", "Qwen2MoeConfig"])

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from burnish.config import parse
@@ -106,6 +107,16 @@ def test_what_cannot_be_is_refused(make_recipe, sections, message):
     tree = recipe_of(make_recipe, "nf4").dump() | sections
     with pytest.raises(RecipeError, match=message):
         parse(tree, "t.yaml")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_no_number_is_found_though_it_is_kept_in_fewer_bits(make_recipe, tmp_path, kind):
+    folder = write_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        build_model(recipe_of(make_recipe, kind, model={"path": str(folder)}), cuda=False)
 
 
 def test_without_its_library_nothing_starts(make_recipe, monkeypatch):

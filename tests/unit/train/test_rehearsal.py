@@ -5,7 +5,7 @@ import pytest
 from transformers import Gemma3TextConfig
 
 from burnish.train import rehearsal
-from burnish.train.model import pack_cost
+from burnish.train.architecture import pack_cost
 from burnish.train.rehearsal import rehearse
 
 
