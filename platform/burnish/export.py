@@ -28,8 +28,6 @@ from burnish.train.shelf import Shelf
 _NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far logits of the same weights may lie apart, relative to their norm: sums in another order, and for a merged adapter
 the rounding of each merged weight."""
-_SAME = 1e-5
-"""How far logits lie apart, relative to their norm, that differ by sums of float32 in another order alone."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of a base model that are no part of its weights or tokenizer and that servers read."""
 _PROBES = 3
@@ -174,11 +172,11 @@ def _held(origin: Origin | None) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a model gave before it was saved: logits of each probe, [tokens, vocabulary], and the norms of what its adapter
-    changes of them; no norms where no adapter is merged."""
+    """What a model gave before it was saved: logits of each probe, [tokens, vocabulary], and what of them is its adapter's
+    doing; nothing where no adapter is merged."""
 
     logits: list[torch.Tensor]
-    changes: list[float]
+    changes: list[torch.Tensor]
 
 
 def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path, merge: bool) -> _Known:
@@ -197,7 +195,7 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
     if merge:
         with model.disable_adapter():
             before = _logits(model, probes)
-        changes = [float((own - plain).norm()) for own, plain in zip(logits, before, strict=True)]
+        changes = [own - plain for own, plain in zip(logits, before, strict=True)]
         model = model.merge_and_unload()
     base = model.get_base_model() if recipe.lora is not None and not merge else model
     base.config.use_cache = True
@@ -233,8 +231,8 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
 def _check_reload(recipe: Recipe, folder: Path, known: _Known, probes: list[torch.Tensor], weights: Path | None) -> None:
     """Raises BurnishError unless a folder loads, in plain transformers (and peft), as the model that was trained.
 
-    `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others. Merged
-    weights are rounded to the model's dtype, which must leave more than half of what the adapter changes.
+    `weights` are the trained ones, which must come back bit for bit; None where an adapter was merged into others. Those are
+    rounded to the model's dtype, in which small changes may be lost.
     """
     adapter = (folder / "adapter_config.json").exists()
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -250,21 +248,31 @@ def _check_reload(recipe: Recipe, folder: Path, known: _Known, probes: list[torc
             for name in trained.keys():  # noqa: SIM118  # safe_open is no mapping
                 if name not in found or not torch.equal(found[name].detach(), trained.get_tensor(name)):
                     raise BurnishError(f"{folder}: {name} does not load as it was trained; the export is not good")
-    lost = []
-    for ids, before, after in zip(probes, known.logits, _logits(model, probes), strict=True):
-        lost.append(float((after - before).norm()))
-        error = lost[-1] / float(before.norm())
+    again = _logits(model, probes)
+    for ids, before, after in zip(probes, known.logits, again, strict=True):
+        error = float((after - before).norm() / before.norm())
         if not error <= _NEAR[recipe.model.dtype]:
             raise BurnishError(
                 f"{folder}: logits of {ids.shape[1]} tokens differ by {error:.1%} from those of the trained model after "
                 "loading; the export is not good"
             )
-    for before, change, away in zip(known.logits, known.changes, lost, strict=False):  # of no adapter there are no changes
-        if away > max(change / 2, _SAME * float(before.norm())):
-            raise BurnishError(
-                f"--merge: weights that are merged and rounded to {recipe.model.dtype} lose {away / change:.0%} of what the "
-                "adapter changes of the logits; export the adapter itself, without --merge"
-            )
+    if known.changes:
+        _check_merged(recipe, known, again)
+
+
+def _check_merged(recipe: Recipe, known: _Known, merged: list[torch.Tensor]) -> None:
+    """Raises BurnishError where merged logits have less than half of what the adapter changes.
+
+    What is measured is the projection on that change, with which other rounding does not correlate.
+    """
+    whole = sum(float(change.square().sum()) for change in known.changes)
+    moved = zip(known.logits, merged, known.changes, strict=True)
+    lost = sum(float(((before - after) * change).sum()) for before, after, change in moved)
+    if 2 * lost > whole:
+        raise BurnishError(
+            f"--merge: merged weights, rounded to {recipe.model.dtype}, lose {lost / whole:.0%} of what the adapter "
+            "changes; export the adapter itself, without --merge"
+        )
 
 
 def _write_tokenizer(recipe: Recipe, contract: Contract, folder: Path) -> None:
