@@ -1,6 +1,7 @@
 """The report of a run as one web page, made from its folder alone: what it learned from which data, and how to repeat it."""
 
 import json
+import math
 import shlex
 import statistics
 from collections import Counter
@@ -72,7 +73,8 @@ def page(folder: Path) -> str:
 
 
 def _points(measured: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in measured if name in line]
+    """A metric over the steps, as far as it is a number: a norm in float16 may be infinite."""
+    return [(line["step"], line[name]) for line in measured if name in line and math.isfinite(line[name])]
 
 
 def _summary(folder: Path, measured: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, str]:

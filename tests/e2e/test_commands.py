@@ -327,6 +327,8 @@ def test_a_loss_that_is_no_number_ends_the_run_with_exit_5_and_names_the_packs(c
     # Weights of 1e30 still give a finite loss behind their norms; the gradient tells.
     assert "the loss of step 2 is" in err and "nan; its packs (epoch, window, index) are (0, " in err, err
     assert "learning_rate" in err
+    page = (tmp_path / "runs/small/report.html").read_text()
+    assert "not finished" in page and "<figcaption><span>loss</span>" in page
     again, out, err = run(capsys, "train", path)
     assert (again, out) == (5, "") and "the loss of step 2 is" in err and "nothing was started" in err, err
     attempts = (tmp_path / "runs/small/attempts.jsonl").read_text().splitlines()

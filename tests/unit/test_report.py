@@ -79,6 +79,15 @@ def test_a_folder_that_is_no_run_or_lacks_its_contract_is_named(make_recipe, tmp
     assert "is no contract that this version reads" in capsys.readouterr().err and not (folder / "report.html").exists()
 
 
+def test_a_metric_that_is_no_number_in_some_steps_is_drawn_without_them(make_recipe):
+    _, folder = run_folder(make_recipe)
+    ledger = Ledger.open(folder, 3, 100)
+    for step, norm in ((4, 2.0), (5, float("inf")), (6, float("nan")), (7, 3.0)):
+        ledger.measure(step, {"train/grad_norm": norm})
+    shown = re.search(r"gradient norm</span><b>(.*?)</b>.*?points='(.*?)'", page(folder), re.S)
+    assert shown[1] == "3" and len(set(shown[2].split())) == 2 and "nan" not in shown[2]
+
+
 def test_the_command_that_repeats_a_run_names_its_day_and_is_a_recipe(make_recipe, tmp_path):
     def command(text, name: str, place: str | None = None) -> list[str]:
         template = tmp_path / "template.jinja"

@@ -14,7 +14,7 @@ from typing import Any
 from burnish import tracking
 from burnish.config import Recipe
 from burnish.data import survey
-from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped
+from burnish.errors import BurnishError, DataError, InfrastructureError, RecipeError, Stopped, TrainingError
 from burnish.report import report
 from burnish.train import checkpoint, goodput, tombstone
 from burnish.train.attempts import Run, Watch, attempt_until_done
@@ -96,6 +96,8 @@ def _train(prepared: Prepared, home: Home, watch: Watch | None, callbacks: tuple
             check_same_filters(kept, home)
             attempt_until_done(Run(replace(prepared, train=kept), home, run_id, cuda, callbacks), watch)
         except BaseException as error:
+            if isinstance(error, TrainingError):  # how it came to that is of use
+                _illustrate(recipe, run_id, folder)
             tracking.close_run(recipe, run_id, "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
     run_id = run_id or _open_tracking(prepared, folder, parent_id)  # MLflow may have come back meanwhile
