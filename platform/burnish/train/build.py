@@ -52,6 +52,9 @@ def build_model(recipe: Recipe, cuda: bool, num_workers: int = 1, trained: Path 
     if model is None:
         model = load_weights(recipe, attn_implementation=kernel, **quantized.loading(recipe))
     model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # it would get no gradient, and the token that pads may be the one that ends answers
     torch.manual_seed(recipe.train.seed)
     if recipe.lora is not None:
         model = with_adapters(model, recipe.lora, trained_token_ids(recipe))

@@ -8,9 +8,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from burnish.chat import Chat
 from burnish.config import parse
@@ -23,6 +25,7 @@ from burnish.train.architecture import cost, head_widths, pack_cost
 from burnish.train.attention import SDPA
 from burnish.train.build import build_model
 from burnish.train.model import check_model, load_weights, shapes
+from burnish.train.objective import Objective
 from burnish.verify import verify
 from tests.conftest import ROOT, write_model
 from tests.unit.test_config import SMALL
@@ -268,6 +271,29 @@ def test_samples_longer_than_the_model_has_positions_are_refused(make_recipe, mo
     words = rf"max_length: {known + 8} is more than the {known} positions that .*write data.max_length: {known}"
     with pytest.raises(RecipeError, match=words):
         check_model(make_recipe(model={"path": str(folder)}, data={"max_length": known + 8}))
+
+
+@pytest.mark.parametrize(
+    "lora", [None, {"rank": 2, "modules_to_save": ["embed_tokens"]}, {"rank": 2, "train_tokens": ["<|im_end|>"]}]
+)
+def test_a_token_that_ends_answers_and_pads_is_embedded_and_trained_as_any_other(make_recipe, model_folder, tmp_path, lora):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    gradients = []
+    for pad in (end, None):
+        (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+        model = build_model(make_recipe(model={"path": str(folder)}, lora=lora), cuda=False)
+        ids = np.array([7, end, 9, 11], np.int32)  # the end of an answer, and the next question
+        Objective(model, torch.device("cpu")).loss_sum(ids, ids, np.array([4], np.int32)).backward()
+        trained = {
+            name: weight.grad for name, weight in model.named_parameters() if "embed_tokens" in name and weight.requires_grad
+        }
+        (gradient,) = trained.values()
+        gradients.append(gradient)
+    own = gradients[0] if lora and "train_tokens" in lora else gradients[0][end]
+    assert own.abs().max() > 0 and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
