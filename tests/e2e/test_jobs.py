@@ -62,7 +62,7 @@ def jobs(cluster):
 
 def test_jobs_run_under_ray_job_submit_with_code_and_recipe_travelling(jobs, make_recipe):
     model = make_recipe().model.path
-    preview = jobs.submit("preview", f"jobs/recipes/quickstart.yaml --json --limit 1 model.path={model}")
+    preview = jobs.submit("preview", f"jobs/recipes/quickstart.yaml --json --limit 1 model.path={model} data.max_length=256")
     status, logs, _ = jobs.end_of(preview)
     assert status == JobStatus.SUCCEEDED, logs
     assert json.loads(logs.splitlines()[-1])["row"].endswith("conversations.jsonl#0")
