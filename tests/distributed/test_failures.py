@@ -188,3 +188,19 @@ def test_a_worker_that_hangs_is_named_and_started_again(quiet):
     run.assert_same(quiet)
     metrics = run.result()["metrics"]
     assert metrics["run/restarts"] == 1 and metrics["run/lost_steps"] >= 0 and metrics["run/recover_seconds"] > 0
+
+
+def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_as_if_it_never_was(quiet):
+    run = Training(quiet.recipe, "stopped", quiet.address, "checkpoint.every_steps=1000")
+    run.wait_for_step(6)
+    run.process.terminate()
+    assert run.wait() == 75, run.said()
+    (step,) = run.checkpoints()
+    assert 6 <= step == len(run.ledger()) < len(quiet.ledger()) and run.verified() == [step]
+    assert f"stopped after step {step}, with a checkpoint; the same command goes on from there" in run.said()
+    assert not (run.folder / "failed.json").exists() and not (run.folder / "result.json").exists()
+
+    again = Training(quiet.recipe, "stopped", quiet.address, "checkpoint.every_steps=1000")
+    assert again.wait() == 0, again.said()
+    assert [start["from_step"] for start in again.attempts()] == [0, step]
+    again.assert_same(quiet)
