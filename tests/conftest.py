@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def write_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def publish(folder: Path, hub: Path, commit: str) -> None:
+    """Puts a model folder into a cache of the Hub, as the newest commit of owner/name."""
+    cached = hub / "models--owner--name"
+    (cached / "refs").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs" / "main").write_text(commit)
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

@@ -31,9 +31,10 @@ from burnish.data.order import Cursor, StepMeta
 from burnish.data.packing import IGNORE_INDEX, Pack, Sample
 from burnish.train.attempt import Attempt, Progress
 from burnish.train.batches import Batch
+from burnish.train.footprint import measure
 from burnish.train.home import Home
 from burnish.train.watchdog import Watchdog
-from tests.conftest import free_port, write_model
+from tests.conftest import free_port, publish, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -355,9 +356,13 @@ class Worker:
             found.append(reads.found)
         return found
 
-    def loading(self, recipe: Recipe) -> tuple[int, bool, dict[str, torch.Tensor]]:
-        """Bytes that this process takes more at its peak while the model loads, whether it has its part alone, and all weights."""
+    def loading(self, recipe: Recipe, *hubs: str) -> tuple[int, bool, dict[str, torch.Tensor]]:
+        """Bytes that this process takes more at its peak while the model loads, whether it has its part alone, and all weights.
+
+        Hub models are in a cache for each worker.
+        """
         import deepspeed
+        from huggingface_hub import constants
 
         from burnish.train.build import build_model
 
@@ -366,30 +371,36 @@ class Worker:
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on (proc(5))
         before = _status("VmRSS")
-        model = build_model(recipe, False, self.world)
+        with patch.object(constants, "HF_HUB_CACHE", hubs[self.rank] if hubs else ""):
+            model = build_model(recipe, False, self.world)
         grown = _status("VmHWM") - before
         if recipe.lora is not None:
-            return grown, *self.computing(model)
+            return grown, *self.computing(model, bool(recipe.lora.train_tokens))
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=recipe.engine.zero_stage == 3):
             weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         return grown, all(hasattr(weight, "ds_id") for weight in model.parameters()), weights
 
-    def computing(self, model) -> tuple[bool, dict[str, torch.Tensor]]:
-        """Whether the frozen matrices of a model have no values, and those that each layer, embeddings and head compute with."""
+    def computing(self, model, whole_ends: bool) -> tuple[bool, dict[str, torch.Tensor]]:
+        """Whether the frozen matrices of a model have no values, and those that each layer, embeddings and head compute with.
+
+        Embeddings have values where they are to be whole.
+        """
         from burnish.train.model import decoder_layers
         from burnish.train.objective import packed_inputs
         from burnish.train.shards import Shards
 
         shards = [each for each in gc.get_objects() if isinstance(each, Shards)]
         frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
-        empty = all(not weight.numel() for name, weight in frozen if "model.norm" not in name)
+        kept = ("model.norm", "embed_tokens") if whole_ends else ("model.norm",)
+        parted = [weight for name, weight in frozen if not any(each in name for each in kept)]
+        empty = all(not weight.numel() for weight in parted)
         found: dict[str, torch.Tensor] = {}
 
         def look(module, inputs) -> None:
             assert all(len(each._live) <= 2 for each in shards), "a layer, and the next one"
             for name, weight in frozen:
                 if weight.numel() and any(weight is each for each in module.parameters()):
-                    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                    plain = name.removeprefix("base_model.model.").replace(".token_adapter", "").replace(".base_layer", "")
                     found[plain] = weight.detach().clone()
 
         for module in (model.get_input_embeddings(), *decoder_layers(model), model.get_output_embeddings()):
@@ -398,7 +409,7 @@ class Worker:
         loss = model(input_ids=row, **packed_inputs(np.array([4], np.int32), device)).logits.square().mean()
         loss.backward()
         assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
-        return empty and all(not weight.numel() for name, weight in frozen if "model.norm" not in name), found
+        return empty and all(not weight.numel() for weight in parted), found
 
     def agree(self, recipe: Recipe, odd: str) -> tuple[int, bool] | str:
         """The layout that this worker trains with, where the last one can tell nothing, or has no room."""
@@ -557,16 +568,17 @@ def gang():
 def test_losses_and_gradients_equal_one_big_batch(gang, make_recipe, everywhere):
     """Each kind on one, two and four workers; without the soak on two those that are packed or recompute, and on one and
     four ZeRO-2 and 3 of those that are packed, recompute nothing and stay on the device."""
-    lora, dora = {"rank": 4}, {"rank": 4, "variant": "dora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
-    tokens = {"rank": 4, "train_tokens": ["a", "e"]}
+    lora, saved = {"rank": 4}, {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    dora, tokens = {**saved, "variant": "dora"}, {"rank": 4, "train_tokens": ["a", "e"]}
     kinds = [
         *product((tokens,), (0, 3), (True,), (False, True), ("none",)),
         *product((None,), (0, 1, 2, 3), (True, False), (False, True), ("none",)),
         *product((lora,), (0, 3), (True,), (False, True), ("none",)),
         *product((dora,), (0, 3), (True,), (False,), ("none",)),
+        *product((saved,), (3,), (True,), (True,), ("none",)),
         *product((None, lora), (2, 3), (True,), (False,), ("optimizer",)),
     ]
-    expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, dora, tokens)}
+    expected = {str(adapters): plain(make_recipe(lora=adapters)) for adapters in (None, lora, saved, dora, tokens)}
     for world in (1, 2, 4):
         asked = [
             (adapters, stage, packed, recomputed, offload)
@@ -765,22 +777,32 @@ def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers
     assert losses(1, 0.0)[2:] != pytest.approx(alone[2:], rel=1e-4, abs=0), "dropout changes what is compared"
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}, {"rank": 4, "train_tokens": ["a"], "modules_to_save": ["norm"]}])
 def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_recipe, tmp_path, lora):
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
         tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    for folder in ("small", "model"):
+        write_model(tmp_path / folder)
+    (tmp_path / "model/model.safetensors").unlink()
     model.save_pretrained(tmp_path / "model", max_shard_size="50MB")
     right = dict(model.named_parameters())
     size = sum(weight.nbytes for weight in right.values())
     largest = max(weight.nbytes for weight in right.values())
+    # Of what rows are trained every worker has all.
+    copied = {"model.embed_tokens.weight"} if lora and "train_tokens" in lora else set()
 
     def loaded(stage: int) -> list[int]:
-        recipe = make_recipe(
-            model={"path": str(tmp_path / "model")}, scale={"num_workers": 4}, engine={"zero_stage": stage}, lora=lora,
+        # What libraries take when they are first used is no part of the model.
+        small, recipe = (
+            make_recipe(
+                model={"path": str(tmp_path / name)}, scale={"num_workers": 4}, engine={"zero_stage": stage}, lora=lora,
+            )
+            for name in ("small", "model")
         )  # fmt: skip
+        gang(4, "loading", small)
         found = gang(4, "loading", recipe)
         for _, shared, weights in found:
             wanted = set(right) - ({"model.norm.weight"} if lora else set())
@@ -794,18 +816,44 @@ def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_r
         assert min(loaded(2)) > 0.9 * size
     # A quarter, what is being read, and its copy on the way to the others: a weight, or a layer where it is frozen.
     block = size // 17 if lora else 0
-    assert max(shared) < size / 4 + 2 * max(largest, block)
+    assert max(shared) < size / 4 + 2 * max(largest, block) + sum(right[name].nbytes for name in copied)
 
 
-@pytest.mark.parametrize("odd", ["scale", "twice"])
+@pytest.mark.parametrize("odd", ["scale", "twice", "beside"])
 def test_files_that_hold_more_than_the_model_are_left_to_transformers(gang, make_recipe, tmp_path, odd):
     folder = write_model(tmp_path / "model")
     right = load_file(folder / "model.safetensors")
     extra = {"model.norm.weight_scale_inv": torch.ones(1)} if odd == "scale" else {"model.norm.weight": torch.zeros(32)}
     save_file(extra, folder / "other.safetensors", metadata={"format": "pt"})
+    if odd != "beside":  # as models are that have weights in another form beside them, which transformers does not read
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        files = dict.fromkeys(right, "one.safetensors") | dict.fromkeys(extra, "other.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     recipe = make_recipe(model={"path": str(folder)}, scale={"num_workers": 2}, engine={"zero_stage": 3})
+    assert bool(measure(recipe).loading) == (odd != "beside")
     for _, shared, weights in gang(2, "loading", recipe):
-        assert not shared and all(torch.equal(weights[name], right[name]) for name in right)
+        assert shared == (odd == "beside")
+        for name in right:
+            known = [right[name], extra[name]] if odd == "twice" and name in extra else [right[name]]
+            assert any(torch.equal(weights[name], each) for each in known)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_a_hub_model_under_zero_3_is_downloaded_by_one_worker(gang, make_recipe, tmp_path, monkeypatch, lora):
+    folder, hubs = write_model(tmp_path / "model"), [tmp_path / "hub", tmp_path / "other"]
+    right = load_file(folder / "model.safetensors")
+    publish(folder, hubs[0], "1" * 40)
+    (folder / "model.safetensors").unlink()
+    publish(folder, hubs[1], "1" * 40)
+    recipe = make_recipe(
+        model={"path": "owner/name", "revision": "1" * 40}, scale={"num_workers": 2}, engine={"zero_stage": 3}, lora=lora
+    )
+    for hub in hubs:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+        assert measure(recipe).loading == 0, "what is not here yet is as usual"
+    for _, shared, weights in gang(2, "loading", recipe, *map(str, hubs)):
+        wanted = set(right) - ({"model.norm.weight"} if lora else set())
+        assert shared and set(weights) == wanted and all(torch.equal(weights[name], right[name]) for name in wanted)
 
 
 def test_all_workers_lay_out_a_run_alike(gang, make_recipe):

@@ -74,6 +74,13 @@ def with_adapters(model: Any, spec: LoraSpec, token_ids: Sequence[int] = ()) -> 
     return adapted
 
 
+def copied(model: Any, spec: LoraSpec) -> list[Any]:
+    """The modules of which adapters copy weights: those that are trained whole, and those of which rows are."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if spec.train_tokens else []
+    named = [module for path, module in model.named_modules() if any(_is_named(path, name) for name in spec.modules_to_save)]
+    return [*ends, *named]
+
+
 def _check_adapted(adapted: Any, spec: LoraSpec, linear: Collection[str]) -> None:
     """Raises RecipeError for a name that PEFT passed over; says what `all-linear` leaves without an adapter."""
     config, reached = adapted.peft_config["default"], set(adapted.targeted_module_names)

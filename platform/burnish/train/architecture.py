@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.balance import Cost
@@ -18,6 +19,21 @@ def configuration(recipe: Recipe) -> Any:
         return AutoConfig.from_pretrained(recipe.located().model.path, **recipe.model.loading())
     except (OSError, ValueError, StrictDataclassError) as error:
         raise RecipeError(recipe.model.unloadable(error)) from None
+
+
+def fresh(recipe: Recipe, kernel: str, config: Any = None) -> Any:
+    """The model of the recipe's configuration, or of another one, with attention by a registered kernel and fresh weights.
+
+    Of code that the model brings, only that of the recipe's revision is run, and only where the recipe trusts it.
+    """
+    config = configuration(recipe) if config is None else config
+    options: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code}
+    if recipe.model.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        options["code_revision"] = recipe.model.revision
+    dtype = getattr(torch, recipe.model.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel, **options)
+    model.config.use_cache = False
+    return model
 
 
 def text_configuration(recipe: Recipe) -> Any:

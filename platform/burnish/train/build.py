@@ -14,16 +14,15 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.train import attention, elementwise, kernel_choice, quantized
-from burnish.train.adapters import with_adapters
-from burnish.train.architecture import attention_dropout, configuration, head_widths, text_configuration
+from burnish.train.adapters import copied, with_adapters
+from burnish.train.architecture import attention_dropout, configuration, fresh, head_widths, text_configuration
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
-from burnish.train.model import check_class, check_finite, load_weights, recompute, shapes
+from burnish.train.model import check_class, check_finite, files_of_parts, load_weights, recompute, shapes_in
 from burnish.train.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -87,35 +86,26 @@ def _shared_out(
 ) -> tuple[Any, Shards | None]:
     """The base model with its weights shared out over all workers, and what gathers them; None where it is loaded whole.
 
-    That is so for a Hub model, where the files hold other tensors than the model has (transformers then
-    converts them, or scales what is quantised), and for adapters that look at the weights themselves.
+    World rank 0 decides, on whose machine alone the weights of a Hub model then are.
     """
-    folder = Path(recipe.located().model.path)
-    looks = recipe.lora is not None and (
-        recipe.lora.variant == "dora" or recipe.lora.modules_to_save or recipe.lora.train_tokens
-    )
-    if not folder.is_dir() or looks:
-        return None, None
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=kernel
-        )
+        model = fresh(recipe, kernel)
     model.tie_weights()  # what was empty when it was set is no longer the same
-    named = dict(model.named_parameters())
-    wanted = {name: list(parameter.shape) for name, parameter in named.items()}
-    # A tensor in two files may be either; transformers knows which. Buffers that are saved are no weights.
-    names = [name for file in folder.glob("*.safetensors") for name in _files_of(file)]
-    saved = {name for name, _ in model.named_buffers()} & set(model.state_dict())
-    if shapes(folder) != wanted or len(names) != len(wanted) or saved:
+    files = files_of_parts(recipe, model) if dist.get_rank() == 0 else None
+    in_parts = torch.tensor(int(files is not None), device=device)
+    dist.broadcast(in_parts, 0)
+    if not in_parts:
         if dist.get_rank() == 0:
-            logger.warning("%s: its files hold other tensors than the model, so every worker loads all of it", folder)
+            logger.warning("model.path: %s cannot be loaded in parts, so every worker loads all of it", recipe.model.path)
         return None, None
-    files = {name: file for each in folder.glob("*.safetensors") for name, file in _files_of(each).items()}
-    shards = None
+    files, shards = files or {}, None
     if recipe.lora is None:
-        share_out(_weights(model, files | (_files_of(trained) if trained else {})), recipe, num_workers)
+        ours = dict.fromkeys(shapes_in(trained), trained) if trained else {}
+        share_out(_weights(model, files | ours), recipe, num_workers)
     else:
         called = {weight: name for name, weight in model.requires_grad_(False).named_parameters()}
+        for module in copied(model, recipe.lora):
+            module.requires_grad_()  # so that every worker has it whole
         shards = Shards(
             model, device, recipe.scale.patience_seconds(), lambda weight: _read(files[called[weight]], called[weight])
         )
@@ -150,8 +140,3 @@ def _read(file: Path, name: str) -> torch.Tensor:
         weight: torch.Tensor = weights.get_tensor(name)
     check_finite(weight, name, f"model.path: {file.parent}")
     return weight
-
-
-def _files_of(file: Path) -> dict[str, Path]:
-    with safe_open(file, "pt") as weights:
-        return dict.fromkeys(weights.keys(), file)

@@ -4,6 +4,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import BurnishError, DoesNotFit, RecipeError, one_line
 from burnish.train import elementwise, kernels
 from burnish.train.adapters import with_adapters
-from burnish.train.architecture import configuration
+from burnish.train.architecture import fresh
 from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose, fastest, why
-from burnish.train.model import recompute
+from burnish.train.model import files_of_parts, recompute
 from burnish.train.objective import Objective
 from burnish.train.quantized import saved_bytes
 from burnish.train.shards import blocks
@@ -86,6 +87,8 @@ def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footp
             torch.cuda.is_available() if recomputes == "auto" else recomputes,
         )
         return cautious.of(recipe), None, None
+    if room.host is not None and recipe.lora is not None:  # the host's memory is what loads then, mapped from the files
+        sizes = replace(sizes, loading=0)
     choose(recipe, sizes, room, recipe.widths()[-1])
     layout, needed = choose(recipe, sizes, room, num_workers)
     return layout.of(recipe), needed, why(recipe, sizes, room, num_workers, layout)
@@ -107,32 +110,29 @@ def measure(recipe: Recipe) -> Sizes:
     weights = sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     size, tokens = getattr(torch, recipe.model.dtype).itemsize, recipe.data.max_length
+    whole = files_of_parts(recipe, _skeleton(recipe, adapted=False), local_files_only=True) is None
     if recipe.lora is None:
         shared = sum(each.nbytes for each in model.parameters())
         live = min(shared, LIVE_ELEMENTS * size)
+        loading = weights  # DeepSpeed takes a model that was loaded whole to the device before it shares it out
     else:
         parts = [set(own) for _, own, _ in blocks(model)]
         shared = sum(each.nbytes for each in set().union(*parts))
-        live = sum(sorted(sum(each.nbytes for each in own) for own in parts)[-2:])
-    # DeepSpeed takes a model that was loaded whole to the device before it shares it out.
-    whole = recipe.lora is None and not Path(recipe.located().model.path).is_dir()
+        *_, second, largest_block = [0, 0, *sorted(sum(each.nbytes for each in own) for own in parts)]
+        live, loading = second + largest_block, weights + largest_block
     saved, largest = saved_bytes(recipe, model)
     kept, recomputed = (largest + _most(each, tokens, each is not model) for each in (model, _skeleton(recipe)))
-    loading = weights if whole else 0
     # Only what is added up in another type shows.
     packs = recipe.train.global_batch_size if recipe.model.dtype == "bfloat16" else 1
-    return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, loading, packs)
+    return Sizes(weights - saved, trained, size, tokens, kept, recomputed, shared, live, loading if whole else 0, packs)
 
 
-def _skeleton(recipe: Recipe) -> Any:
-    """The model with its adapters, without any weight."""
+def _skeleton(recipe: Recipe, adapted: bool = True) -> Any:
+    """The model, with its adapters unless these are not wanted, without any weight."""
     AttentionInterface.register(_KERNEL, _attention)
     with init_empty_weights(include_buffers=True):
-        model = AutoModelForCausalLM.from_config(
-            configuration(recipe), dtype=getattr(torch, recipe.model.dtype), attn_implementation=_KERNEL
-        )
-        model.config.use_cache = False
-        if recipe.lora is not None:
+        model = fresh(recipe, _KERNEL)
+        if recipe.lora is not None and adapted:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
     elementwise.fuse(elementwise.replaceable(model), kernels.plain())  # all kernels keep the same for the backward pass
     return model

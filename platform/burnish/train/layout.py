@@ -43,8 +43,8 @@ class Sizes:
 
     `weights` bytes of all weights, adapters among them; `trained` of these, as numbers of `itemsize` bytes; the most bytes
     that a pack of `tokens` takes beside them, forward and backward, with activations `kept` and `recomputed`. ZeRO-3 shares
-    out `shared` bytes of the weights, of which `live` are whole at once on every worker; `loading` bytes are at its start.
-    A step has `packs` on all workers together.
+    out `shared` bytes of the weights, of which `live` are whole at once on every worker; at its start, where workers cannot
+    load parts, it takes `loading` bytes. A step has `packs` on all workers together.
     """
 
     weights: int

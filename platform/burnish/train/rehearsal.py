@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from burnish.config import Recipe
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import one_line
 from burnish.train import attention, elementwise, kernel_choice
 from burnish.train.adapters import with_adapters
-from burnish.train.architecture import attention_dropout, configuration, head_widths, pack_cost
+from burnish.train.architecture import attention_dropout, configuration, fresh, head_widths, pack_cost
 from burnish.train.footprint import lay_out, room_of
 from burnish.train.layout import Footprint, Room
 from burnish.train.lora_linear import fuse
@@ -103,8 +102,7 @@ def _seconds(recipe: Recipe, config: Any, device: torch.device) -> float:
         recipe.model.attention, device.type == "cuda", dtype != torch.float32, head_widths(text), attention_dropout(text)
     )
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
-        model.config.use_cache = False
+        model = fresh(recipe, kernel, config)
         if recipe.lora is not None:
             model = with_adapters(model, recipe.lora, trained_token_ids(recipe))
             fuse(model)

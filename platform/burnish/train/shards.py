@@ -181,7 +181,7 @@ def _unit(
 ) -> _Unit:
     """This worker's part of some weights, in whose place it makes weights without values."""
     first, world_size = dist.get_rank() == 0, dist.get_world_size()
-    ends = [0]
+    ends, shapes = [0], tuple(weight.shape for weight in weights)
     for weight in weights:
         ends.append(ends[-1] + -(-weight.numel() // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS)
     size, dtype = -(-ends[-1] // world_size), weights[0].dtype
@@ -193,11 +193,12 @@ def _unit(
             whole[start : start + weight.numel()] = values.reshape(-1)
         made[weight] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         made[weight].ds_shape = weight.shape  # type: ignore[attr-defined]  # where PEFT looks for the shape of what is empty
+        if read is None:
+            weight.data = weight.data.new_empty(0)  # so that the model goes as its parts come
     if read is None:
         part.copy_(whole[size * dist.get_rank() : size * (dist.get_rank() + 1)])
     else:
         dist.scatter(part, list(whole.view(world_size, size)) if first else None)
-    shapes = tuple(weight.shape for weight in weights)
     return _Unit(tuple(made[weight] for weight in weights), shapes, tuple(ends[:-1]), part, is_layer)
 
 

@@ -24,7 +24,7 @@ from burnish.train.prepare import (
     prepare,
     write_run_folder,
 )
-from tests.conftest import CHATML, conversation, write_model, write_rows
+from tests.conftest import CHATML, conversation, publish, write_model, write_rows
 
 
 @pytest.fixture
@@ -71,20 +71,13 @@ def test_a_run_does_not_go_on_with_code_that_it_was_not_started_with(started):
 def test_a_hub_model_stays_at_the_commit_with_which_its_run_started(make_recipe, model_folder, tmp_path, monkeypatch):
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    cached = hub / "models--owner--name"
-    (cached / "refs").mkdir(parents=True)
-
-    def publish(commit):
-        shutil.copytree(model_folder, cached / "snapshots" / commit)
-        (cached / "refs" / "main").write_text(commit)
-
-    publish("1" * 40)
+    publish(model_folder, hub, "1" * 40)
     recipe = make_recipe(model={"path": "owner/name"})
     prepared, home = prepare(recipe), Home.of(recipe)
     assert prepared.recipe.model.revision == "1" * 40
     make_run_folder(home.folder)
     write_run_folder(prepared, home)
-    publish("2" * 40)
+    publish(model_folder, hub, "2" * 40)
     assert prepare(recipe).recipe.model.revision == "2" * 40, "nothing is trained yet"
     (home.folder / "checkpoints" / "step-00000002").mkdir()
     again = prepare(recipe)
