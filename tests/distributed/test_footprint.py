@@ -25,6 +25,8 @@ CASES = {
     "all weights, ZeRO-3": (None, 3, False, "none"),
     "adapters, ZeRO-2": ({"rank": 16}, 2, False, "none"),
     "adapters, ZeRO-2, recomputed": ({"rank": 16}, 2, True, "none"),
+    "adapters, ZeRO-3, recomputed": ({"rank": 16}, 3, True, "none"),
+    "adapters that need the whole model first, ZeRO-3": ({"rank": 16, "variant": "dora"}, 3, False, "none"),
 }
 
 

@@ -76,6 +76,8 @@ class Shards:
             for name, weight in module._parameters.items():
                 if weight is not None and read is not None and weight not in made:
                     made[weight] = nn.Parameter(_everywhere(weight, read, device), weight.requires_grad)
+                elif weight is not None and weight not in made and not weight.requires_grad:
+                    weight.data = weight.data.clone()  # else it would hold the memory of the whole file that it came from
                 module._parameters[name] = made.get(weight, weight) if weight is not None else None
 
     def recompute(self) -> None:
