@@ -28,8 +28,10 @@ def fresh(recipe: Recipe, kernel: str, config: Any = None) -> Any:
     """
     config = configuration(recipe) if config is None else config
     options: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code}
-    if recipe.model.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        options["code_revision"] = recipe.model.revision
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    is_loaded = known is not None and not known.__module__.startswith("transformers.")
+    if recipe.model.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}) and not is_loaded:
+        options["code_revision"] = recipe.model.revision  # which would become an argument of a class that is loaded already
     dtype = getattr(torch, recipe.model.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel, **options)
     model.config.use_cache = False

@@ -24,10 +24,12 @@ from burnish.preview import rows
 from burnish.train.architecture import cost, head_widths, pack_cost
 from burnish.train.attention import SDPA
 from burnish.train.build import build_model
+from burnish.train.footprint import measure
 from burnish.train.model import check_model, load_weights, shapes
 from burnish.train.objective import Objective
+from burnish.train.rehearsal import rehearse
 from burnish.verify import verify
-from tests.conftest import ROOT, write_model
+from tests.conftest import ROOT, publish, write_model
 from tests.unit.test_config import SMALL
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -101,6 +103,20 @@ def test_code_of_a_folder_cannot_be_trusted_since_no_revision_pins_it(brings_cod
         with pytest.raises(RecipeError, match="no revision says what code lies in it"):
             load(recipe)
     assert not marker.exists()
+
+
+def test_trusted_code_of_the_hub_is_loaded_measured_and_timed(brings_code, make_recipe, tmp_path, monkeypatch):
+    folder, marker = brings_code
+    publish(folder, tmp_path / "hub", COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks on stdin"))
+    recipe = make_recipe(model={"path": "owner/name", "trust_remote_code": True, "revision": COMMIT})
+    check_model(recipe)
+    load_template(recipe)
+    model = build_model(recipe, cuda=False)
+    assert marker.exists() and type(model).__name__ == "Model"
+    assert measure(recipe).weights == sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
+    assert rehearse(recipe, cuda=False, num_workers=2, local_workers=2).flops_per_second > 0
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper(), COMMIT + "\n", f"{COMMIT}0"])
