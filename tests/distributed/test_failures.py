@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from burnish.train.ledger import lines
-from tests.conftest import Training, free_port, write_model
+from tests.conftest import Training, conversation, free_port, write_model, write_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
@@ -204,3 +204,23 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_as_if_i
     assert again.wait() == 0, again.said()
     assert [start["from_step"] for start in again.attempts()] == [0, step]
     again.assert_same(quiet)
+
+
+def test_a_run_that_was_stopped_ends_early_as_if_it_never_was(quiet):
+    # Nothing is learned, so the evaluation after the first step is the best, and the eighth behind it is the last.
+    held_out = write_rows(quiet.recipe.parent / "held-out.jsonl", [conversation(i) for i in range(60, 64)])
+    waits = (
+        f"data.eval=[{{path: {held_out}}}]", "optim.learning_rate=1e-30", "train.eval_every_steps=1",
+        "train.early_stopping=8", "train.generations=0", "checkpoint.best=eval/loss", "checkpoint.every_steps=1000",
+    )  # fmt: skip
+    run = Training(quiet.recipe, "waits", quiet.address, *waits)
+    run.wait_for_step(4)
+    run.process.terminate()
+    assert run.wait() == 75, run.said()
+    step = run.checkpoints()[-1]
+    assert 4 <= step < 9
+
+    again = Training(quiet.recipe, "waits", quiet.address, *waits)
+    assert again.wait() == 0, again.said()
+    assert again.result()["steps"] == 9 == len(again.ledger()) and "stopped early at step 9" in again.said()
+    assert [start["from_step"] for start in again.attempts()] == [0, step]
