@@ -37,7 +37,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Rows, refusals by code, samples, packs, tokens, steps and balance of one epoch; memory of a worker; the time.
 
     Renders and packs every row, on Ray. `balance` is mean/max cost over world ranks, the mean of all steps; 1 is perfect.
-    `seconds` is the time that workers compute, in all epochs; `misfit` says why the model does not fit, where it does not.
+    `seconds` is the time that workers compute at least, in all epochs; `misfit` says why the model does not fit, if so.
     Raises what `prepare` raises.
     """
     prepared = prepare(recipe)
@@ -209,4 +209,7 @@ def _on_workers(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         parts = ", ".join(f"{part} {usage[part] / 1e9:.2f}" for part in _PARTS)
         yield "memory a worker", f"{usage['total'] / 1e9:.2f}{of} GB ({parts}), {usage['device']}"
         yield "layout", usage["reason"] or str(Layout(usage["zero_stage"], usage["activation_checkpointing"]))
-    yield "time", f"{timedelta(seconds=round(seconds))} of computing" if seconds is not None else "cannot be told here"
+    if seconds is None:
+        yield "time", "cannot be told here"
+    else:
+        yield "time", f"at least {timedelta(seconds=round(seconds))} of computing; what workers send each other comes on top"
