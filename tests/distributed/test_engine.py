@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PhiConfig, Qwen3MoeConfig
 
@@ -101,7 +102,7 @@ def plain(recipe: Recipe) -> Trained:
 
 
 class Reads(TorchDispatchMode):
-    """Where values of tensors are asked for, which on a GPU the host waits for: file, line and function."""
+    """Where values of tensors are asked for, which on a GPU the host waits for: file and function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,9 +110,28 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero"):
-            callers = [each for each in traceback.extract_stack()[:-1] if "/torch/" not in each.filename]
-            self.found.add(f"{Path(callers[-1].filename).name}:{callers[-1].lineno} {callers[-1].name}")
+            self.found.add(_caller())
         return func(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Where tensors on the device are made of Python's numbers, which on a GPU are copied while the host waits."""
+
+    def __init__(self, found: set[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and not torch.is_tensor(args[0]) and "device" in (kwargs or {}):
+            self._found.add(_caller())
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The innermost call that is neither torch's nor one of a mode."""
+    frames = [each for each in traceback.extract_stack()[:-2] if each.name != "__torch_function__"]
+    callers = [each for each in frames if "/torch/" not in each.filename]
+    return f"{Path(callers[-1].filename).name} {callers[-1].name}"
 
 
 def _status(name: str) -> int:
@@ -339,11 +359,14 @@ class Worker:
 
         By then ZeRO-3 knows the order of layers.
         """
+        from deepspeed.accelerator import get_accelerator
+
         from burnish.train import engine as ds
         from burnish.train.build import build_model
         from burnish.train.objective import Objective
         from burnish.train.step import Step, take
 
+        accelerator = get_accelerator()
         found = []
         for recipe in recipes:
             engine = ds.build_engine(recipe, build_model(recipe, False, self.world), self.world)
@@ -351,7 +374,8 @@ class Worker:
             for number, packs in enumerate([*make_packs(), make_packs()[0]], 1):
                 own = [(pack.input_ids, pack.labels, pack.seq_lens) for pack in packs[self.rank :: self.world]]
                 told = Step(number, 1e-3, sum(pack.trained_tokens for pack in packs), 0)
-                with Reads() as reads:
+                waits = patch.object(accelerator, "synchronize", lambda *_: reads.found.add(_caller()))
+                with Reads() as reads, Copies(reads.found), waits:
                     take(engine, objective, own, told)
             found.append(reads.found)
         return found
@@ -731,7 +755,8 @@ def test_gradients_of_16_bits_are_added_up_in_float32(gang, make_recipe):
 
 
 def test_the_host_asks_for_nothing_that_the_device_computes_within_a_step(gang, make_recipe):
-    """`train_step` asks once, for the loss and the norm. DeepSpeed's optimizer of 16 bits without shards asks for every gradient."""
+    """`train_step` asks once, for the loss and the norm. DeepSpeed's optimizer of 16 bits without shards asks for every gradient,
+    and two others copy a number to the device when they clip, after the last pack."""
     kinds = [
         *product(("float32",), (None, {"rank": 4}), (0, 1, 2, 3)),
         *product(("bfloat16",), (None, {"rank": 4}), (1, 2, 3)), ("bfloat16", {"rank": 4}, 0),
@@ -742,8 +767,12 @@ def test_the_host_asks_for_nothing_that_the_device_computes_within_a_step(gang, 
     ]
     for found in gang(2, "reads", recipes):
         *others, whole = found
-        assert dict(zip(map(str, kinds), others, strict=False)) == {str(kind): set() for kind in kinds[:-1]}
-        assert any("has_inf_or_nan" in place or "has_overflow" in place for place in whole)
+        clips = {("float32", 0): {"utils.py clip_grad_norm_"}}
+        clips |= {(dtype, 3): {"stage3.py get_grad_norm_direct"} for dtype in ("float32", "bfloat16")}
+        for (dtype, adapters, stage), places in zip(kinds[:-1], others, strict=True):
+            by_zero_2 = stage == 3 and adapters is not None
+            assert places == (set() if by_zero_2 else clips.get((dtype, stage), set())), (dtype, adapters, stage)
+        assert any("has_inf_or_nan" in place or "has_overflow" in place for place in whole), whole
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_on_every_worker_though_the_loss_is_one(gang, make_recipe, tmp_path):

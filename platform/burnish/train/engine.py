@@ -40,6 +40,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # A gradient that is no number has an infinite norm (its `combine_grad_norm_groups`), which ends a run
 # (`failure.check_loss`); in float16 it looks at the gradients themselves. So it need not wait for the device to ask.
 stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
+# That function finds norms that are no numbers, so that nothing need stand for them, which would be copied to the device.
+stage_1_and_2.mask_nan_or_inf_with_val_inplace = lambda norm, device: None
 
 Engine: TypeAlias = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed has no type hints."""
@@ -107,6 +109,7 @@ def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
         "bf16": {"enabled": recipe.model.dtype == "bfloat16", "check_grad_overflow": False},
         "fp16": {"enabled": recipe.model.dtype == "float16"},
         "steps_per_print": 1 << 60,
+        "timers": {"throughput": {"enabled": False}},  # which wait for the device around every pack
     }
 
 
@@ -134,7 +137,7 @@ def step(engine: Engine) -> torch.Tensor:
     last = engine.is_gradient_accumulation_boundary()
     whole = engine.module.parameters() if last and engine.zero_optimization_stage() == 0 else ()
     gradients = [weight.grad for weight in whole if weight.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=engine.device)
     engine.step()
     reported = engine.get_global_grad_norm() if last else None
     return torch.as_tensor(norm if reported is None else reported, dtype=torch.float64, device=engine.device)
