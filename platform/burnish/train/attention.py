@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
-from burnish.errors import RecipeError
+from burnish.errors import RecipeError, one_line
 
 SDPA = "burnish_packed_sdpa"
 """Name of the kernel that runs scaled-dot-product attention sample by sample, on any device."""
@@ -61,17 +61,15 @@ def register(
 
 def _missing_for_flash(cuda: bool, half: bool, heads: Collection[tuple[int, int]]) -> str | None:
     """Why flash-attn cannot run, or None."""
-    if importlib.util.find_spec("flash_attn") is None and cuda and half:
+    if cuda and half and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install --no-build-isolation -e '.[gpu]')"
-    return _unfit(cuda, half, heads)
+    return _unfit(cuda, half, heads) or _flash_lacks()
 
 
 def _missing_for_varlen(cuda: bool, half: bool, heads: Collection[tuple[int, int]], dropout: float) -> str | None:
     """Why torch's variable-length kernel cannot run, or None."""
     if dropout:
         return f"it knows no dropout, and this model's attention has {dropout:g}"
-    if cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     if odd := sorted({width for pair in heads for width in pair if width % 8}):
         return f"heads are {odd[0]} wide, which is no multiple of 8"
     return _unfit(cuda, half, heads) or _torch_lacks()
@@ -83,11 +81,22 @@ def _unfit(cuda: bool, half: bool, heads: Collection[tuple[int, int]]) -> str | 
         return "no GPU is used"
     if not half:
         return "model.dtype is float32"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
     for query, value in sorted(heads):
         if query != value:
             return f"queries are {query} wide and values {value}"
     widest = max(query for query, _ in heads)
     return f"heads of {widest} are wider than 256" if widest > 256 else None
+
+
+def _flash_lacks() -> str | None:
+    """Why the installed flash-attn does not load, as one that was built for another torch, or None."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:  # whatever a library that does not fit raises
+        return f"flash-attn does not load: {one_line(error)}"
+    return None
 
 
 def _torch_lacks() -> str | None:
@@ -122,11 +131,15 @@ def packed_sdpa(
         for start, end in pairwise(borders):
             q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
             mask = None
+            # No fused kernel takes fewer heads of keys beside a mask, or in float32 on a GPU; the plain one keeps scores of
+            # length squared.
+            repeats = q.is_cuda and q.dtype == torch.float32
             if sliding_window is not None and end - start > sliding_window:
                 distance = torch.arange(end - start, device=q.device)
                 distance = distance[:, None] - distance[None, :]
                 mask = (distance >= 0) & (distance < sliding_window)
-                # No fused kernel takes both a mask and fewer heads of keys; the plain one keeps scores of length squared.
+                repeats = True
+            if repeats:
                 k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
             outputs.append(
                 F.scaled_dot_product_attention(

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from burnish.errors import RecipeError
@@ -150,6 +151,33 @@ def test_heads_that_the_fast_kernels_cannot_take_get_sdpa_and_the_reason_is_said
     for choice in ("flash", "varlen"):
         with pytest.raises(RecipeError, match=f"model.attention: {choice} cannot run because {why}; write auto"):
             register(choice, cuda=True, heads=heads)
+
+
+def test_a_flash_attn_that_does_not_load_is_passed_over_and_the_reason_is_said(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol: of another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert register("auto", cuda=True) == VARLEN
+    with pytest.raises(RecipeError, match=r"flash cannot run because flash-attn does not load: .*another torch; write auto"):
+        register("flash", cuda=True)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "heads"),
+    [(torch.float32, OnGpu, 4), (torch.bfloat16, OnGpu, 2), (torch.float32, torch.Tensor, 2)],
+)
+def test_no_kernel_is_asked_for_that_keeps_all_scores(monkeypatch, dtype, kind, heads):
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_, **told: asked.append((k.shape[1], told)) or q)
+    query, keys = (torch.empty(1, number, 8, 16, dtype=dtype).as_subclass(kind) for number in (4, 2))
+    packed_sdpa(torch.nn.Identity(), query, keys, keys, None, cu_seq_lens_q=torch.tensor([0, 5, 8]))
+    assert [(number, told["enable_gqa"]) for number, told in asked] == [(heads, heads == 2)] * 2
 
 
 @pytest.mark.parametrize("kernel", [SDPA, VARLEN, FLASH])
