@@ -175,6 +175,8 @@ def _smaller(run: Run, workers: int) -> tuple[Run, str] | None:
 
 def _work(config: dict[str, Any]) -> None:
     """A worker's entry: the driver need not import what only workers use."""
+    # Before DeepSpeed is imported, which would take a GPU of the machine that the run does not use.
+    os.environ["DS_ACCELERATOR"] = "cuda" if config["attempt"].cuda else "cpu"
     from burnish.train.loop import train_loop
 
     train_loop(config)

@@ -86,7 +86,7 @@ def share_out(weights: Iterator[torch.nn.Parameter], recipe: Recipe, num_workers
 def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe. One pack is one micro-batch."""
     accumulation = recipe.train.global_batch_size // num_workers
-    offloads = recipe.engine.offload == "optimizer"
+    offload = {"device": "cpu", "pin_memory": os.environ["DS_ACCELERATOR"] == "cuda"}
     # Gradients of a step's packs are added in float32. In stage 1 DeepSpeed would take an optimizer that keeps its state
     # where `state` does not look.
     widens = accumulation > 1 and recipe.model.dtype == "bfloat16" and recipe.engine.stage() >= 2
@@ -102,7 +102,7 @@ def configuration(recipe: Recipe, num_workers: int) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
-            **({"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offloads else {}),
+            **({"offload_optimizer": offload} if recipe.engine.offload == "optimizer" else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler

@@ -14,6 +14,7 @@ from burnish.train.batches import batches
 from burnish.train.failure import check_tokens
 from burnish.train.generation import greedy
 from burnish.train.schedule import evaluations_without_gain
+from burnish.train.step import summed
 from burnish.train.worker import Records, Worker
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,7 @@ def evaluate(worker: Worker, records: Records | None, step: int) -> dict[str, fl
             if records:
                 records.refuse(batch.meta)
     engine.train()
-    dist.all_reduce(shared)
-    total, count = shared.tolist()
+    total, count = summed(shared)
     if count == 0:
         raise DataError("data.eval: no token of the held-out rows can be trained, so there is no loss to measure")
     loss = total / count

@@ -84,7 +84,7 @@ def lay_out(recipe: Recipe, room: Room, num_workers: int) -> tuple[Recipe, Footp
         recomputes, stage = recipe.model.activation_checkpointing, recipe.engine.zero_stage
         cautious = Layout(
             (3 if num_workers > 1 and recipe.model.quantize is None else 2) if stage == "auto" else stage,
-            torch.cuda.is_available() if recomputes == "auto" else recomputes,
+            room.host is not None if recomputes == "auto" else recomputes,
         )
         return cautious.of(recipe), None, None
     if room.host is not None and recipe.lora is not None:  # the host's memory is what loads then, mapped from the files

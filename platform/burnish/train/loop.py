@@ -1,6 +1,7 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from burnish.train.layout import Footprint
 from burnish.train.objective import Objective
 from burnish.train.schedule import learning_rate
 from burnish.train.state import State, load_optimizer
-from burnish.train.step import Step, take
+from burnish.train.step import Step, summed, take
 from burnish.train.throughput import Meter, peak_flops, peak_memory_bytes
 from burnish.train.watchdog import Watchdog
 from burnish.train.worker import Records, Worker
@@ -49,7 +50,10 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def _train(attempt: Attempt, home: Home) -> None:
     num_workers = dist.get_world_size()
-    recipe, needed = agree(attempt.recipe, attempt.cuda, ray.train.get_context().get_local_world_size())
+    local_workers = ray.train.get_context().get_local_world_size()
+    if attempt.cuda:  # it holds no CPU of Ray's, which then leaves it one thread; an optimizer on the host needs more
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_workers))
+    recipe, needed = agree(attempt.recipe, attempt.cuda, local_workers)
     attempt = replace(attempt, recipe=recipe)
     watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)
     records = Records(attempt, home, watchdog) if dist.get_rank() == 0 else None
@@ -153,8 +157,7 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     else:
         shared[3] = 0.0
     shared[2] = worker.meter.flops([seq_lens for _, _, seq_lens in batch.packs])
-    dist.all_reduce(shared)
-    total, wish, flops, grad_norm = shared.tolist()
+    total, wish, flops, grad_norm = summed(shared)
     loss_value = total / max(1, meta.trained_tokens)
     check_loss(recipe, step, meta, loss_value, grad_norm, ds.vocabulary(engine))
     seconds = time.monotonic() - started

@@ -50,6 +50,13 @@ def take(
     return total, norm
 
 
+def summed(shared: torch.Tensor) -> list[float]:
+    """The sums of some numbers over all workers, on the host, which waits here until all of them have come so far."""
+    dist.all_reduce(shared)
+    found: list[float] = shared.tolist()
+    return found
+
+
 def seed_of(seed: int, step: int, pack: int) -> int:
     """The seed of the random numbers that a pack of a step draws; the same in every version of Python."""
     digest = hashlib.sha256(f"{seed} {step} {pack}".encode()).digest()

@@ -21,8 +21,8 @@ _GRACE = 0.1
 """Share of the limit that a worker waits before it ends, so that the others can write down where they stand too."""
 _NOTE_SECONDS = 60.0
 """Seconds in which a storage must have taken such a note."""
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-"""Code in which a worker waits for others."""
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "train/step.py summed")
+"""Files, or functions in them, in which a worker waits for others; a GPU's collectives return before they are done."""
 _FRAMES = 12
 """Innermost calls that tell what a worker is at; a collective is called from below a few of its own."""
 _Item = TypeVar("_Item")
@@ -79,10 +79,10 @@ class Watchdog:
 
     def _note(self) -> None:
         calls = traceback.extract_stack(sys._current_frames()[self._watched])[-_FRAMES:]
-        waits = any(part in call.filename for call in calls for part in _COLLECTIVES)
-        inner = [call for call in calls if not any(part in call.filename for part in _COLLECTIVES)]
+        within = [any(part in f"{call.filename} {call.name}" for part in _COLLECTIVES) for call in calls]
+        inner = [call for call, waits in zip(calls, within, strict=True) if not waits]
         at = f"{inner[-1].filename}:{inner[-1].lineno} in {inner[-1].name}" if inner else "a collective"
-        replace_text(self._file, json.dumps({**self._about, "waits": waits, "at": at}) + "\n")
+        replace_text(self._file, json.dumps({**self._about, "waits": any(within), "at": at}) + "\n")
         with suppress(InfrastructureError):
             self._home.keep()
 

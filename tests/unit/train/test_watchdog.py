@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+from burnish.train.ledger import lines
 from burnish.train.watchdog import EXIT_CODE, hang
 
 BEGIN = """
@@ -30,6 +31,24 @@ def test_a_hang_is_ended_and_named(tmp_path):
     said = hang(tmp_path, 2)
     assert "worker 1 on" in said and "in stuck" in said and "worker 0" not in said and "scale.stall_seconds" in said
     assert hang(tmp_path, 2) is None
+
+
+def test_a_worker_that_reads_what_all_computed_waits_for_the_others(tmp_path):
+    code = """
+    dog.rest()
+    from burnish.train import step
+    step.dist.all_reduce = lambda shared: None
+    class Shared:
+        def tolist(self):
+            time.sleep(60)  # as numbers of a GPU do that is not done
+    def train():
+        step.summed(Shared())
+    dog.beat()
+    train()
+    """
+    assert run(tmp_path, code).returncode == EXIT_CODE
+    (note,) = lines(tmp_path / ".hang-00001.json")
+    assert note["waits"], note
 
 
 def test_a_storage_that_hangs_keeps_no_worker(tmp_path):
