@@ -14,6 +14,7 @@ off for all of them: it plans anew for each length.
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from burnish.config import Recipe, parse
@@ -97,9 +99,12 @@ class Theirs:
 
     def __init__(self, recipe: Recipe, packed: bool) -> None:
         self._packed = packed
-        self._model = build_model(recipe, cuda=True).cuda()
-        base: Any = self._model.get_base_model() if recipe.lora else self._model  # type: ignore[operator]
-        base.set_attn_implementation("flash_attention_2" if packed else "sdpa")
+        kernel = "flash_attention_2" if packed else "sdpa"
+        self._model: Any = LlamaForCausalLM.from_pretrained(recipe.model.path, dtype=torch.bfloat16, attn_implementation=kernel)
+        if recipe.lora:
+            lora = LoraConfig(r=recipe.lora.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            self._model = get_peft_model(self._model, lora, autocast_adapter_dtype=False)
+        self._model = self._model.cuda().train()
         self._optimizer = torch.optim.AdamW([p for p in self._model.parameters() if p.requires_grad], lr=1e-5)
 
     def step(self, batch: list[Sample]) -> None:
@@ -158,7 +163,7 @@ def steps(folder: Path, lora: dict[str, Any] | None, kernels: tuple[str, ...], r
             peak[name] = (torch.cuda.max_memory_allocated() - held) / 2**30
         except Exception as error:
             contenders.pop(name, None)
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            print(f"Left out, {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for seed in range(rounds):
         batch = samples(seed)
@@ -170,14 +175,16 @@ def steps(folder: Path, lora: dict[str, Any] | None, kernels: tuple[str, ...], r
     print(f"\n#### {'Adapters of rank 16' if lora else 'All weights'}\n")
     print("| | tokens/s: median (least to most) | ratio | TFLOP/s | share of peak | GiB at most |")
     print("|---|---|---|---|---|---|")
-    base = statistics.median(taken["transformers, padded (sdpa)"])
+    base = statistics.median(taken.get("transformers, padded (sdpa)", [math.nan]))
     for name, speeds in taken.items():
         median = statistics.median(speeds)
         print(
             f"| {name} | {median:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | {median / base:.2f} | "
             f"{median * operations / 1e12:.0f} | {median * operations / PEAK:.2f} | {peak[name]:.1f} |"
         )
-    ours = next(each for name, each in contenders.items() if name.startswith("burnish"))
+    ours = next((each for name, each in contenders.items() if name.startswith("burnish")), None)
+    if ours is None:
+        return
     pack = Pack.of(samples(0))
     packs = [(pack.input_ids, pack.labels, pack.seq_lens)]
     proof = seconds_of(self_test.check, ours.engine.module, packs, ours.engine.device)
@@ -208,9 +215,10 @@ def checkpoints(folder: Path, lora: dict[str, Any] | None, zero_stage: int) -> N
     rows["DeepSpeed"].append(
         seconds_of(ours.engine.save_checkpoint, str(run / "ds"), "x", exclude_frozen_parameters=lora is not None)
     )
-    print(f"\n{'Adapters' if lora else 'All weights of six layers'}, ZeRO-{zero_stage}, {size / 2**30:.2f} GiB; seconds")
+    print(f"\n| {'adapters' if lora else 'all weights of six layers'}, ZeRO-{zero_stage}, {size / 2**30:.2f} GiB | seconds |")
+    print("|---|---|")
     for name, values in rows.items():
-        print(f"  {name:16} " + ", ".join(f"{value:.3f}" for value in values))
+        print(f"| {name} | {', '.join(f'{value:.3f}' for value in values)} |")
 
 
 def main() -> None:
