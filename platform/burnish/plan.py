@@ -139,7 +139,8 @@ def _rehearse(recipe: Recipe) -> tuple[Rehearsal | None, str | None]:
     has = ray.cluster_resources().get("GPU", 0.0) > 0
     cuda = has if wanted == "auto" else wanted
     # Ray Train puts as many workers on a node as it has places.
-    places = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    kind = "GPU" if cuda else "CPU"
+    places = max([1, *(int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"])])
     options = {"num_gpus": 1} if cuda else {"num_cpus": 1}
     task = ray.remote(rehearse).options(**options, label_selector=role_labels(recipe, "train") or {})
     try:
@@ -157,7 +158,7 @@ def _rehearse(recipe: Recipe) -> tuple[Rehearsal | None, str | None]:
         return None, str(error.cause)
     except ray.exceptions.RayError as error:
         logger.warning("the run was not tried on a device: %s", one_line(error))
-    decided, needed, _ = lay_out(recipe, Room(sys.maxsize), num_workers)
+    decided, needed, _ = lay_out(recipe, Room(sys.maxsize, sys.maxsize if cuda else None), num_workers)
     return Rehearsal("no device here", None, decided, needed, None, None), None
 
 
