@@ -18,7 +18,7 @@ LAYERS = {
     },
     2: {
         "data.pipeline", "data.stages", "data.survey", "data.tokenizer", "tracking", "train.adapters", "train.architecture", "train.attempt", "train.attention", "train.checkpoint", "train.cluster", "train.elementwise", "train.engine", "train.evaluation", "train.failure", "train.generation",
-        "train.batches", "train.build", "train.claim", "train.footprint", "train.goodput", "train.home", "train.kernel_choice", "train.kernels", "train.ledger", "train.loop", "train.memory", "train.model", "train.lora_linear", "train.objective", "train.quantized", "train.rehearsal", "train.self_test", "train.shards", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.worker", "train.writer",
+        "train.batches", "train.build", "train.claim", "train.footprint", "train.goodput", "train.home", "train.kernel_choice", "train.kernels", "train.ledger", "train.loop", "train.memory", "train.model", "train.lora_linear", "train.objective", "train.quantized", "train.rehearsal", "train.self_test", "train.shards", "train.shelf", "train.split", "train.state", "train.step", "train.throughput", "train.tombstone", "train.watchdog", "train.weight_files", "train.worker", "train.writer",
     },
     3: {"scores", "train.prepare", "train.attempts", "train.launch", "sweep.launch", "report", "html", "export", "card", "chat", "preview", "page", "plan", "serving", "verify", "doctor", "progress"},
     4: {"cli"},

@@ -6,6 +6,7 @@ no worker ever holds the model: weights larger than its memory can be trained.
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from burnish.train.adapters import copied, with_adapters
 from burnish.train.architecture import attention_dropout, configuration, fresh, head_widths, text_configuration
 from burnish.train.engine import share_out
 from burnish.train.lora_linear import fuse
-from burnish.train.model import check_class, check_finite, files_of_parts, load_weights, recompute, shapes_in
+from burnish.train.model import check_class, check_finite, load_weights, recompute
 from burnish.train.shards import Shards
+from burnish.train.weight_files import files_of_parts, shapes_in
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +93,12 @@ def _shared_out(
     with init_empty_weights(include_buffers=False):
         model = fresh(recipe, kernel)
     model.tie_weights()  # what was empty when it was set is no longer the same
+    # Nobody gives up while it is downloaded.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     files = files_of_parts(recipe, model) if dist.get_rank() == 0 else None
-    in_parts = torch.tensor(int(files is not None), device=device)
-    dist.broadcast(in_parts, 0)
+    in_parts = torch.tensor(int(files is not None))
+    dist.broadcast(in_parts, 0, group=group)
+    dist.destroy_process_group(group)
     if not in_parts:
         if dist.get_rank() == 0:
             logger.warning("model.path: %s cannot be loaded in parts, so every worker loads all of it", recipe.model.path)
@@ -107,7 +112,10 @@ def _shared_out(
         for module in copied(model, recipe.lora):
             module.requires_grad_()  # so that every worker has it whole
         shards = Shards(
-            model, device, recipe.scale.patience_seconds(), lambda weight: _read(files[called[weight]], called[weight])
+            model,
+            device,
+            recipe.scale.patience_seconds(),
+            lambda weight: _read(files[called[weight]], called[weight], weight.dtype),
         )
     device = next(model.parameters()).device
     for module in model.modules():  # DeepSpeed leaves buffers where they are, since the weights are shared out already
@@ -126,7 +134,7 @@ def _weights(model: nn.Module, files: dict[str, Path]) -> Iterator[nn.Parameter]
     for module, key, empty in places:
         if empty not in real:
             first, name = dist.get_rank() == 0, names[empty]
-            weight = _read(files[name], name).to(empty.dtype) if first else torch.empty(empty.shape, dtype=empty.dtype)
+            weight = _read(files[name], name, empty.dtype) if first else torch.empty(empty.shape, dtype=empty.dtype)
             real[empty] = nn.Parameter(weight, requires_grad=empty.requires_grad)
             module._parameters[key] = real[empty]
             del weight
@@ -134,9 +142,9 @@ def _weights(model: nn.Module, files: dict[str, Path]) -> Iterator[nn.Parameter]
         module._parameters[key] = real[empty]
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
-    """A weight, alone in memory; raises RecipeError where it is no number."""
+def _read(file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A weight, alone in memory; raises RecipeError where it is no number, or too large a one for its type."""
     with safe_open(file, "pt") as weights:
-        weight: torch.Tensor = weights.get_tensor(name)
+        weight: torch.Tensor = weights.get_tensor(name).to(dtype)
     check_finite(weight, name, f"model.path: {file.parent}")
     return weight

@@ -25,15 +25,18 @@ from burnish.train import elementwise, kernels
 from burnish.train.adapters import with_adapters
 from burnish.train.architecture import fresh
 from burnish.train.layout import LIVE_ELEMENTS, Footprint, Layout, Room, Sizes, choose, fastest, why
-from burnish.train.model import files_of_parts, recompute
+from burnish.train.model import recompute
 from burnish.train.objective import Objective
 from burnish.train.quantized import saved_bytes
 from burnish.train.shards import blocks
+from burnish.train.weight_files import files_of_parts
 
 _KERNEL = "burnish_packed_shapes"
 """Name of the attention that gives out shapes alone."""
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container's limit stands (Linux control groups, version 2 and 1)."""
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU that a container may take, and in how many (Linux control groups, version 2)."""
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,13 @@ def room_of(cuda: bool, local_workers: int) -> Room:
     limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
     host = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits]) // local_workers
     return Room(int(torch.cuda.mem_get_info()[1]), host) if cuda else Room(host)
+
+
+def cpus_of(local_workers: int) -> int:
+    """CPUs that a worker may use: its share of the host's, or of what its container may take of them in a while."""
+    quota, _, period = _CPU_LIMIT.read_text().partition(" ") if _CPU_LIMIT.exists() else ("max", "", "")
+    own = len(os.sched_getaffinity(0))
+    return max(1, (min(own, int(quota) // int(period)) if quota.isdigit() else own) // local_workers)
 
 
 def measure(recipe: Recipe) -> Sizes:

@@ -214,7 +214,7 @@ def _fitting(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> Iter
     if recipe.lora is None and fits(own, sizes=replace(sizes, trained=sizes.trained // 100)):
         yield "lora: {rank: 16}"
     if sizes.itemsize == 4:
-        halves = {name: getattr(sizes, name) // 2 for name in ("weights", "kept", "recomputed", "shared", "live")}
+        halves = {name: getattr(sizes, name) // 2 for name in ("weights", "kept", "recomputed", "shared", "live", "loading")}
         half = replace(sizes, **halves, itemsize=2)
         if fits(own, sizes=half):
             yield "model.dtype: bfloat16"

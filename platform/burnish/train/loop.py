@@ -1,7 +1,6 @@
 """What one training worker does: the same straight line on every worker, every collective called by all."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from burnish.train.batches import Batch, batches
 from burnish.train.build import build_model
 from burnish.train.evaluation import evaluate, generate, has_learned
 from burnish.train.failure import check_loss, check_tokens, memory_advice
-from burnish.train.footprint import agree
+from burnish.train.footprint import agree, cpus_of
 from burnish.train.home import Home
 from burnish.train.layout import Footprint
 from burnish.train.objective import Objective
@@ -51,8 +50,8 @@ def train_loop(config: dict[str, Any]) -> None:
 def _train(attempt: Attempt, home: Home) -> None:
     num_workers = dist.get_world_size()
     local_workers = ray.train.get_context().get_local_world_size()
-    if attempt.cuda:  # it holds no CPU of Ray's, which then leaves it one thread; an optimizer on the host needs more
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_workers))
+    if attempt.cuda and attempt.recipe.engine.offload != "none":  # Ray leaves a thread to who holds no CPU of its
+        torch.set_num_threads(cpus_of(local_workers))
     recipe, needed = agree(attempt.recipe, attempt.cuda, local_workers)
     attempt = replace(attempt, recipe=recipe)
     watchdog = Watchdog(home, dist.get_rank(), recipe.scale.stall_seconds * 1.25)

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import find_adapter_config_file
 
 from burnish.config import Recipe
 from burnish.errors import RecipeError, one_line
 from burnish.train.adapters import check_adapters
 from burnish.train.architecture import configuration, longest_apart, positions, text_configuration
+from burnish.train.weight_files import shapes
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,11 @@ def check_model(recipe: Recipe) -> None:
 def _check_architecture(recipe: Recipe, path: Path) -> None:
     """Raises RecipeError unless a model's configuration is one that packed attention keeps samples apart in."""
     config = text_configuration(recipe)
+    if find_adapter_config_file(recipe.located().model.path, revision=recipe.model.revision) is not None:
+        raise RecipeError(
+            f"model.path: {path} holds an adapter (adapter_config.json), which transformers would load too; merge "
+            "it first, or take that file out to train the model without it"
+        )
     quantised = getattr(configuration(recipe), "quantization_config", None)
     if quantised is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
@@ -114,62 +120,6 @@ def _check_files(folder: Path) -> None:
                 raise RecipeError(
                     f"model.path: {index} names {name!r}, which is no file of this folder; write its bare name"
                 )
-
-
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors of a model folder by name, from the safetensors headers alone."""
-    return {name: shape for file in folder.glob("*.safetensors") for name, shape in shapes_in(file).items()}
-
-
-def shapes_in(file: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors of one safetensors file. Raises RecipeError where it is none."""
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-    except (OSError, struct.error, ValueError) as error:
-        raise RecipeError(f"model.path: {file} is no safetensors file ({error}); was it cloned without git lfs?") from None
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
-def files_of_parts(recipe: Recipe, model: Any, **options: Any) -> dict[str, Path] | None:
-    """The file of each weight of a base model, where workers can load a part of each alone; None where they must load all.
-
-    That is so where the files hold other tensors than the model has (transformers then converts them, or scales what is
-    quantised) or one of them twice, and for DoRA, which looks at all weights. A Hub model is downloaded, with these options
-    of `hf_hub_download`; of one that `local_files_only` does not find nothing is known, and the files are none.
-    """
-    looks = recipe.lora is not None and recipe.lora.variant == "dora"
-    files = _weight_files(recipe, **options)
-    if not files and not looks and options.get("local_files_only"):
-        return {}
-    held = [(name, file, shape) for file in files for name, shape in shapes_in(file).items()]
-    wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    # Buffers that are saved are no weights.
-    saved = {name for name, _ in model.named_buffers()} & set(model.state_dict())
-    if looks or saved or len(held) != len(wanted) or {name: shape for name, _, shape in held} != wanted:
-        return None
-    return {name: file for name, file, _ in held}
-
-
-def _weight_files(recipe: Recipe, **options: Any) -> list[Path]:
-    """Files that transformers reads weights from: model.safetensors, else those that an index names; none if one lacks."""
-    path = recipe.located().model.path
-
-    def file(name: str) -> Path | None:
-        if Path(path).is_dir():
-            return Path(path, name) if Path(path, name).exists() else None
-        try:
-            return Path(hf_hub_download(path, name, revision=recipe.model.revision, **options))
-        except EntryNotFoundError:
-            return None
-
-    single, index = file("model.safetensors"), None
-    if single is None:
-        index = file("model.safetensors.index.json")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
-    files = [single] if single else [file(name) for name in names]
-    return [] if None in files else [each for each in files if each]
 
 
 def model_digest(path: str) -> str | None:
@@ -295,7 +245,9 @@ def check_class(recipe: Recipe, config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if found is not None and (found._is_stateful or not found._supports_attention_backend):
+    # Code of the Hub need not say of itself what it does; it is proven at the first step.
+    own = found is not None and found.__module__.startswith("transformers.")
+    if own and (found._is_stateful or not found._supports_attention_backend):
         why = "keeps a state from token to token" if found._is_stateful else "does not compute attention by a kernel of ours"
         raise RecipeError(
             f"model.path: {recipe.model.path} is a {found.__name__}, which {why}, so packed samples would leak"

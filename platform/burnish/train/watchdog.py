@@ -21,7 +21,15 @@ _GRACE = 0.1
 """Share of the limit that a worker waits before it ends, so that the others can write down where they stand too."""
 _NOTE_SECONDS = 60.0
 """Seconds in which a storage must have taken such a note."""
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "train/step.py summed")
+_COLLECTIVES = (
+    "torch/distributed/",
+    "deepspeed/comm/",
+    "train/step.py summed",
+    "zero/stage3.py independent_gradient_partition_epilogue",
+    "zero/stage3.py __reduce_and_partition_ipg_grads",
+    "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload",
+    "zero/stage_1_and_2.py has_overflow",
+)
 """Files, or functions in them, in which a worker waits for others; a GPU's collectives return before they are done."""
 _FRAMES = 12
 """Innermost calls that tell what a worker is at; a collective is called from below a few of its own."""

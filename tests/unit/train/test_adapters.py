@@ -12,9 +12,9 @@ from burnish.train.adapters import check_adapters, with_adapters
 from burnish.train.attention import SDPA, register
 from burnish.train.build import build_model
 from burnish.train.footprint import measure
-from burnish.train.model import shapes
 from burnish.train.objective import Objective
 from burnish.train.prepare import prepare
+from burnish.train.weight_files import shapes
 from tests.conftest import write_model
 
 

@@ -120,6 +120,23 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(open_recipe, secti
         choose(recipe, sizes, Room(capacity, 500 * GB), 1)
 
 
+def test_what_is_loaded_whole_halves_with_the_type_too(open_recipe):
+    sizes = Sizes(40 * GB, 10**6, 4, 8192, GB, GB, 40 * GB, 2 * GB, loading=42 * GB)
+    recipe = open_recipe(engine={"zero_stage": 3}, scale={"num_workers": 4}, model={"dtype": "float32"}, lora={"rank": 4})
+    with pytest.raises(RecipeError, match=r"Write model\.dtype: bfloat16$"):
+        choose(recipe, sizes, Room(30 * GB), 4)
+
+
+@pytest.mark.parametrize(("limit", "cpus"), [("max 100000", 16), ("800000 100000", 8), ("50000 100000", 1)])
+def test_a_worker_takes_no_more_cpus_than_its_container_has(tmp_path, monkeypatch, limit, cpus):
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    monkeypatch.setattr(measured, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert [measured.cpus_of(workers) for workers in (1, 4)] == [cpus, max(1, cpus // 4)]
+    monkeypatch.setattr(measured, "_CPU_LIMIT", tmp_path / "none")
+    assert measured.cpus_of(2) == 8
+
+
 def test_a_layout_that_ran_out_of_memory_is_followed_by_those_that_need_less(open_recipe):
     def after(tried, workers=2, **sections):
         left = tighter(open_recipe(**sections), Layout(*tried), workers)

@@ -25,9 +25,10 @@ from burnish.train.architecture import cost, head_widths, pack_cost
 from burnish.train.attention import SDPA
 from burnish.train.build import build_model
 from burnish.train.footprint import measure
-from burnish.train.model import check_model, load_weights, shapes
+from burnish.train.model import check_model, load_weights
 from burnish.train.objective import Objective
 from burnish.train.rehearsal import rehearse
+from burnish.train.weight_files import shapes
 from burnish.verify import verify
 from tests.conftest import ROOT, publish, write_model
 from tests.unit.test_config import SMALL
@@ -49,7 +50,7 @@ def brings_code(model_folder, tmp_path, monkeypatch):
     (folder / "own.py").write_text(
         f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
         "class Config(LlamaConfig):\n    model_type = 'own'\n"
-        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n    _supports_attention_backend = False\n"
         "class Own(PreTrainedTokenizerFast):\n    pass\n"
     )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -113,9 +114,10 @@ def test_trusted_code_of_the_hub_is_loaded_measured_and_timed(brings_code, make_
     recipe = make_recipe(model={"path": "owner/name", "trust_remote_code": True, "revision": COMMIT})
     check_model(recipe)
     load_template(recipe)
-    model = build_model(recipe, cuda=False)
+    sizes = measure(recipe)
+    model = build_model(recipe, cuda=False)  # as a worker does, after it has measured
     assert marker.exists() and type(model).__name__ == "Model"
-    assert measure(recipe).weights == sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
+    assert sizes.weights == sum(each.nbytes for each in {*model.parameters(), *model.buffers()})
     assert rehearse(recipe, cuda=False, num_workers=2, local_workers=2).flops_per_second > 0
 
 
@@ -200,6 +202,13 @@ def test_large_numbers_of_sixteen_bits_are_numbers(make_recipe, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = build_model(make_recipe(model={"path": str(folder), "dtype": "float16"}), cuda=False)
     assert float(model.model.norm.weight[0].detach()) == pytest.approx(6e4, rel=1e-3)
+
+
+def test_a_model_that_holds_an_adapter_is_refused_since_it_may_be_trained_with_it_or_without(make_recipe, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/other"}))
+    with pytest.raises(RecipeError, match=r"holds an adapter .*merge it first, or take that file out"):
+        check_model(make_recipe(model={"path": str(folder)}))
 
 
 def test_an_adapter_in_a_pickle_is_refused(model_folder, tmp_path):
