@@ -32,6 +32,8 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepr
 """Files of a base model that are no part of its weights or tokenizer and that servers read."""
 _PROBES = 3
 """Probes of the contract whose logits are compared."""
+_FIRST_TOKENS = 16
+"""Tokens whose logits are compared where there is no probe."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,9 @@ def _write_model(recipe: Recipe, weights: Path, contract: Contract, folder: Path
 
 
 def _probe_ids(contract: Contract) -> list[torch.Tensor]:
-    """Token ids of some short probes, each [1, tokens]."""
+    """Token ids of some short probes, each [1, tokens]; of the first tokens where the template renders none of them."""
     known = sorted((probe.ids for probe in contract.probes if probe.ids and not probe.prompt), key=len)
-    return [torch.tensor(ids)[None] for ids in known[:_PROBES]]
+    return [torch.tensor(ids)[None] for ids in known[:_PROBES] or [list(range(_FIRST_TOKENS))]]
 
 
 def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ from burnish.train.writer import Place, Writer
 from tests.conftest import CHATML, write_model
 
 LORA = {"rank": 4, "variant": "dora", "modules_to_save": ["lm_head"]}
+
+
+def test_a_template_that_renders_no_probe_leaves_tokens_to_compare(make_recipe):
+    contract = prepare(make_recipe()).contract
+    probes = module._probe_ids(contract)
+    assert len(probes) == 3 and all(each.shape[0] == 1 for each in probes)
+    (first,) = module._probe_ids(replace(contract, probes=[]))
+    assert first.shape == (1, 16)
 
 
 @pytest.fixture

@@ -117,9 +117,11 @@ def with_saved_adapters(model: Any, folder: Path) -> Any:
 def _check_untied(model: Any, spec: LoraSpec) -> None:
     if not model.config.get_text_config().tie_word_embeddings:
         return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules() if any(module is end for end in ends)]
     targets = () if isinstance(spec.target_modules, str) else spec.target_modules
     for key, names in (("target_modules", targets), ("modules_to_save", spec.modules_to_save)):
-        tied = {"lm_head", "embed_tokens", "wte"} & {name.split(".")[-1] for name in names}
+        tied = {name for name in names if any(_is_named(path, name) for path in paths)}
         if tied:
             raise RecipeError(
                 f"lora.{key}: {', '.join(sorted(tied))} shares its weight between input and output in this model, "

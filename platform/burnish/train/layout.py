@@ -203,6 +203,8 @@ def _fitting(recipe: Recipe, sizes: Sizes, room: Room, num_workers: int) -> Iter
     wide = [] if recipe.model.quantize else [Layout(3, layout.activation_checkpointing) for layout in own]
     if workers := next((number for number in more if fits(wide, workers=number)), None):
         beside = "" if recipe.engine.zero_stage in ("auto", 3) else " with engine.zero_stage: 3"
+        if room.host is None:  # workers of one host share its memory
+            beside += " on more nodes"
         if recipe.train.global_batch_size % workers:
             beside += f" with train.global_batch_size: {workers}"
         yield f"scale.num_workers: {workers}{beside}"

@@ -1,9 +1,12 @@
 """Adapters are what the recipe names: nothing else is trained, and a name that nothing has is refused."""
 
+import copy
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Dots1Config, PhiConfig
+from transformers import AutoModelForCausalLM, Dots1Config, GPTNeoXConfig, PhiConfig
 
 from burnish.data.tokenizer import trained_token_ids
 from burnish.errors import DataError, RecipeError
@@ -112,6 +115,16 @@ def test_a_module_that_shares_its_weight_is_not_trained_whole(tmp_path):
     for name in ("embed_tokens", "model.embed_tokens"):
         with pytest.raises(RecipeError, match=r"lora.modules_to_save: .*embed_tokens.* shares its weight"):
             with_adapters(model(folder), LoraSpec(rank=2, modules_to_save=(name,)))
+
+
+def test_what_is_shared_is_known_by_what_it_is_and_not_by_its_name():
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for tied in (True, False):
+        made = AutoModelForCausalLM.from_config(GPTNeoXConfig(tie_word_embeddings=tied, **shape))
+        for name in ("embed_in", "embed_out"):
+            spec = LoraSpec(rank=2, modules_to_save=(name,))
+            with pytest.raises(RecipeError, match=f"{name} shares its weight") if tied else nullcontext():
+                with_adapters(copy.deepcopy(made), spec)
 
 
 def test_a_head_that_is_trained_whole_beside_adapters_has_its_loss_in_chunks(model_folder):
