@@ -758,8 +758,8 @@ def test_the_host_asks_for_nothing_that_the_device_computes_within_a_step(gang, 
     """`train_step` asks once, for the loss and the norm. DeepSpeed's optimizer of 16 bits without shards asks for every gradient,
     and two others copy a number to the device when they clip, after the last pack."""
     kinds = [
-        *product(("float32",), (None, {"rank": 4}), (0, 1, 2, 3)),
-        *product(("bfloat16",), (None, {"rank": 4}), (1, 2, 3)), ("bfloat16", {"rank": 4}, 0),
+        *product(("float32",), (None, {"rank": 4}), (0, 2, 3)),
+        *product(("bfloat16",), (None, {"rank": 4}), (2, 3)), ("bfloat16", {"rank": 4}, 0),
     ]  # fmt: skip
     recipes = [
         make_recipe(model={"dtype": dtype}, lora=adapters, scale={"num_workers": 2}, engine={"zero_stage": stage})
@@ -806,7 +806,14 @@ def test_dropout_is_that_of_the_pack_after_a_resume_and_on_any_number_of_workers
     assert losses(1, 0.0)[2:] != pytest.approx(alone[2:], rel=1e-4, abs=0), "dropout changes what is compared"
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}, {"rank": 4, "train_tokens": ["a"], "modules_to_save": ["norm"]}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        pytest.param({"rank": 4}, marks=pytest.mark.soak),
+        {"rank": 4, "train_tokens": ["a"], "modules_to_save": ["norm"]},
+    ],
+)
 def test_a_model_that_loads_under_zero_3_is_never_whole_in_a_worker(gang, make_recipe, tmp_path, lora):
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
